@@ -1,0 +1,44 @@
+"""The protocol between a trainer and whatever generates: in-process model, vLLM, SGLang or a server."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+
+
+class RolloutEngine(ABC):
+    """Owns generation and nothing of training.
+
+    The `version` is the number of weight updates the engine has received; every trajectory carries it.
+    """
+
+    version: int = 0
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
+        """Sample `sampling.n` completions for each prompt.
+
+        Args:
+            prompts: token ids, one sequence a prompt (ragged).
+            sampling: see `SamplingParams`.
+
+        Returns:
+            For each prompt, in order, its `sampling.n` completions.
+        """
+
+    @abstractmethod
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over the trainer's weights and set `version`."""
+
+    def sleep(self, level: int = 1) -> None:
+        """Give device memory back. Idempotent; an engine with nothing of its own does nothing."""
+
+    def wake_up(self) -> None:
+        """Undo `sleep`. Idempotent."""
+
+    def close(self) -> None:
+        """Release everything. Idempotent."""
