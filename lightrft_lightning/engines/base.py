@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,13 @@ class RolloutEngine(ABC):
     """
 
     version: int = 0
+    tokenizer: Any = None
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts that are given as text, by the engine's own tokenizer."""
+        if self.tokenizer is None:
+            raise RuntimeError(f"{type(self).__name__} has no tokenizer: give token ids, or a tokenizer")
+        return [self.tokenizer(text)["input_ids"] for text in texts]
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:

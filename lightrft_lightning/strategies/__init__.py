@@ -1,0 +1,1 @@
+"""Strategies: back ends behind one interface."""

@@ -1,0 +1,268 @@
+"""`StrategyConfig`: every setting of the strategy module, typed and checked when it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from lightrft_lightning._errors import unknown_name
+
+EngineType = Literal["vllm", "sglang", "transformers"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+# Estimators of the algorithm table (docs/algorithms.md); the registry adds users' own. Whether one is implemented is
+# decided where it is used, so that a configuration can be written on a machine that only prepares jobs.
+_ADVANTAGE_NAMES = (
+    "group_norm",
+    "dr_grpo",
+    "rloo",
+    "reinforce",
+    "reinforce_plus_plus",
+    "reinforce_baseline",
+    "gae",
+    "cpgd",
+)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """Settings of a strategy and of the reinforcement learning around it.
+
+    Immutable: derive a changed one with `replace`. The names and defaults are LightRFT's.
+
+    Example:
+        >>> config = StrategyConfig(max_norm=0.5, micro_train_batch_size=4, train_batch_size=8)
+        >>> print(config.summary())
+        StrategyConfig, 3 of 44 fields differ from the defaults:
+          max_norm = 0.5 (default 1.0)
+          micro_train_batch_size = 4 (default 1)
+          train_batch_size = 8 (default 128)
+
+    Raises:
+        TypeError: an unknown field (the message names the nearest one) or a value of the wrong type.
+        ValueError: a value out of range, or two fields that contradict each other.
+    """
+
+    # Training
+    seed: int = 42
+    """Seed of Python, NumPy and torch, set by `setup_distributed`."""
+    max_norm: float = 1.0
+    """Global gradient norm to clip to; 0 or less means no clipping."""
+    micro_train_batch_size: int = 1
+    """Samples of one backward pass on one rank."""
+    train_batch_size: int = 128
+    """Samples of one optimizer step over all ranks."""
+    bf16: bool = True
+    """Compute in bfloat16 (fp32 weights). Left at its default it applies to accelerators only, since CPUs emulate it;
+    set explicitly it applies everywhere. Inside a `Trainer`, `Trainer(precision=...)` decides."""
+    actor_learning_rate: float = 1e-5
+    critic_learning_rate: float = 1e-5
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    l2: float = 0.0
+    """Decoupled weight decay of AdamW; never applied to biases and norms."""
+    lr_warmup_ratio: float = 0.03
+    """Share of all optimizer steps in which the learning rate rises linearly."""
+    use_mp_opt: bool = False
+
+    # Back ends
+    zero_stage: int = 2
+    fsdp: bool = False
+    fsdp_cpu_offload: bool = False
+    adam_offload: bool = False
+    zpg: int = 1
+    """Ranks of one parameter-sharding group (hybrid sharding); 1 shards over all ranks."""
+    grad_accum_dtype: str | None = None
+    overlap_comm: bool = False
+    local_rank: int = -1
+    sp_size: int = 1
+
+    # Engine
+    engine_type: EngineType = "vllm"
+    engine_tp_size: int = 1
+    enable_engine_sleep: bool = False
+
+    # Models and data
+    critic_pretrain: str | None = None
+    remote_rm_url: str | None = None
+    pretrain_data: str | None = None
+    mixed_mm_data: bool = False
+    fused_linear_logprob: bool = False
+
+    # Algorithm
+    advantage_estimator: str = "group_norm"
+    use_kl_loss: bool = False
+    kl_estimator: KLEstimator = "k3"
+    micro_rollout_batch_size: int = 2
+    n_samples_per_prompt: int = 8
+    reward_running_norm: bool = False
+    reward_running_norm_minus_mean: bool = False
+    advantages_norm: bool = False
+    advantage_clip: float = 0.0
+    """Advantages are clipped to ±this; 0 means no clipping."""
+    reward_clip: float = 0.0
+    """Rewards are clipped to ±this; 0 means no clipping."""
+    overlong_buffer: bool = False
+    overlong_buffer_len: int = 1024
+    overlong_buffer_penalty_factor: float = 1.0
+    dynamic_sampling: bool = False
+
+    # Logs
+    plot_every: int = -1
+    use_tensorboard: str | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> StrategyConfig:
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(unknown_name("StrategyConfig field", name, names))
+        self = object.__new__(cls)
+        # Some defaults depend on whether the user said anything (batch sizes, bf16 on a CPU), so remember what was said.
+        object.__setattr__(self, "_explicit", frozenset(names[: len(args)]) | frozenset(kwargs))
+        object.__setattr__(self, "_extra", {})
+        object.__setattr__(self, "args", self)
+        return self
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = _convert(getattr(self, name), hint)
+            if value is _INVALID:
+                expected = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+                raise TypeError(f"StrategyConfig({name}={getattr(self, name)!r}): expected {expected}")
+            object.__setattr__(self, name, value)
+
+    def _check_ranges(self) -> None:
+        from lightrft_lightning.algorithms import ADVANTAGES
+
+        at_least_one = (
+            "micro_train_batch_size", "train_batch_size", "zpg", "sp_size", "engine_tp_size",
+            "micro_rollout_batch_size", "n_samples_per_prompt", "overlong_buffer_len",
+        )  # fmt: skip
+        not_negative = (
+            "seed", "actor_learning_rate", "critic_learning_rate", "l2", "advantage_clip", "reward_clip",
+            "overlong_buffer_penalty_factor",
+        )  # fmt: skip
+        for name in at_least_one:
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in not_negative:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("zero_stage", self.zero_stage in (1, 2, 3), "1, 2 or 3")
+        self._require("adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two numbers in [0, 1)")
+        self._require("lr_warmup_ratio", 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")
+        self._require(
+            "grad_accum_dtype", self.grad_accum_dtype in (None, "fp32", "bf16", "fp16"), "fp32, bf16, fp16 or None"
+        )
+        for name, hint in (("engine_type", EngineType), ("kl_estimator", KLEstimator)):
+            if getattr(self, name) not in get_args(hint):
+                raise ValueError(unknown_name(name, getattr(self, name), get_args(hint)))
+        if self.advantage_estimator not in _ADVANTAGE_NAMES and self.advantage_estimator not in ADVANTAGES:
+            names = {*_ADVANTAGE_NAMES, *ADVANTAGES}
+            raise ValueError(unknown_name("advantage_estimator", self.advantage_estimator, names))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.fsdp and self.zero_stage != 2:
+            raise ValueError(
+                f"fsdp=True with zero_stage={self.zero_stage}: FSDP2 has no ZeRO stages. "
+                "Leave zero_stage out, or set fsdp=False to use DeepSpeed"
+            )
+        if self.fsdp_cpu_offload and not self.fsdp:
+            raise ValueError("fsdp_cpu_offload=True needs fsdp=True (DeepSpeed's offload is adam_offload=True)")
+        if self.reward_running_norm_minus_mean and not self.reward_running_norm:
+            raise ValueError("reward_running_norm_minus_mean=True needs reward_running_norm=True")
+        if self.advantages_norm and self.advantage_estimator in ("group_norm", "cpgd", "reinforce_plus_plus"):
+            raise ValueError(
+                f"advantages_norm=True with advantage_estimator={self.advantage_estimator!r} normalises twice: "
+                "leave advantages_norm out"
+            )
+
+    def _require(self, name: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise ValueError(f"StrategyConfig({name}={getattr(self, name)!r}): must be {allowed}")
+
+    @classmethod
+    def from_args(cls, args: Any) -> StrategyConfig:
+        """Read an `argparse.Namespace`, any object with attributes, a mapping or another `StrategyConfig`.
+
+        Parameters that are no fields are kept for `get_extra_arg`; `args` stays reachable as ``config.args``.
+        None stands for "not given" where the field does not allow None, as argparse leaves it.
+        """
+        if isinstance(args, StrategyConfig):
+            return args
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for name, hint in hints.items():
+            found = args.get(name, _INVALID) if isinstance(args, Mapping) else getattr(args, name, _INVALID)
+            if found is not _INVALID and not (found is None and _convert(None, hint) is _INVALID):
+                values[name] = found
+        config = cls(**values)
+        given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
+        object.__setattr__(config, "_extra", {k: v for k, v in given.items() if k not in hints})
+        object.__setattr__(config, "args", args)
+        return config
+
+    def get_extra_arg(self, name: str, default: Any = None) -> Any:
+        """A parameter of the original arguments that is no field of this class."""
+        if name in self._extra:  # type: ignore[attr-defined]
+            return self._extra[name]  # type: ignore[attr-defined]
+        original = self.args  # type: ignore[attr-defined]
+        return default if original is self or isinstance(original, Mapping) else getattr(original, name, default)
+
+    def is_set(self, *names: str) -> bool:
+        """Whether the user gave at least one of these fields, be it with its default value."""
+        return bool(self._explicit & set(names))  # type: ignore[attr-defined]
+
+    def replace(self, **changes: Any) -> StrategyConfig:
+        """A checked copy with some fields changed; what was explicit stays so, extras are kept."""
+        explicit = {name: getattr(self, name) for name in self._explicit}  # type: ignore[attr-defined]
+        config = type(self)(**{**explicit, **changes})
+        object.__setattr__(config, "_extra", self._extra)  # type: ignore[attr-defined]
+        original = self.args  # type: ignore[attr-defined]
+        object.__setattr__(config, "args", config if original is self else original)
+        return config
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that a hand-written loop computes in on `device`; see the field `bf16`."""
+        wants_bf16 = self.bf16 and (device.type != "cpu" or self.is_set("bf16"))
+        return torch.bfloat16 if wants_bf16 else torch.float32
+
+    def summary(self) -> str:
+        """What differs from the defaults, one line a field, then the extra parameters."""
+        fields = dataclasses.fields(self)
+        changed = [f for f in fields if getattr(self, f.name) != f.default]
+        lines = [f"StrategyConfig, {len(changed)} of {len(fields)} fields differ from the defaults:"]
+        lines += [f"  {f.name} = {getattr(self, f.name)!r} (default {f.default!r})" for f in changed]
+        lines += [f"  {name} = {value!r} (extra)" for name, value in sorted(self._extra.items())]  # type: ignore[attr-defined]
+        return "\n".join(lines)
+
+
+class _Invalid:
+    """Marks a value that is absent or of the wrong type (None is a valid value of some fields)."""
+
+
+_INVALID = _Invalid()
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the annotated type if that is safe, else `_INVALID`."""
+    if hint is bool or hint is str:
+        return value if isinstance(value, hint) else _INVALID
+    if hint is int:
+        return value if isinstance(value, int) and not isinstance(value, bool) else _INVALID
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if number and math.isfinite(value) else _INVALID
+    if hint == tuple[float, float]:
+        items = [_convert(v, float) for v in value] if isinstance(value, list | tuple) else []
+        return tuple(items) if len(items) == 2 and _INVALID not in items else _INVALID
+    if value is None:
+        return None if type(None) in get_args(hint) else _INVALID
+    return value if isinstance(value, str) else _INVALID

@@ -1,0 +1,590 @@
+"""`RLHFModule`: reinforcement fine-tuning as a `LightningModule`. One `training_step` is one iteration."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightrft_lightning import algorithms
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.experience.packing import pack, unpack
+from lightrft_lightning.experience.trajectory import Prompt, SamplingParams, Trajectory
+from lightrft_lightning.models.loading import load_model, load_tokenizer
+from lightrft_lightning.models.logprobs import completion_logprobs
+from lightrft_lightning.rewards import RewardReport, Rewards
+from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies.checkpoint import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lightrft_lightning.config import StrategyConfig
+
+log = logging.getLogger(__name__)
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+class RLHFModule(pl.LightningModule):
+    """Samples completions, scores them, turns scores into advantages and updates the policy.
+
+    A batch is a list of `Prompt`; one `training_step` is one iteration: rollout, rewards, advantages, one or several
+    optimizer steps. Optimization is manual; clipping (`max_norm`) and the optimizer are the strategy's.
+
+    Args:
+        model: Hugging Face folder, GGUF file, hub id, registered name (see `load_model`), or a model object.
+        rewards: reward functions, as `Rewards` takes them, or a `Rewards`.
+        tokenizer: default: the one of `model`.
+        sampling: how training completions are drawn; `sampling.n` is the group size.
+        val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
+        advantage_estimator: name in `algorithms.ADVANTAGES`.
+        policy_loss: name in `algorithms.POLICY_LOSSES`.
+        policy_loss_options: keywords of that loss, e.g. ``{"clip_high": 0.28}``.
+        aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
+        kl_coef: weight of the KL penalty against the starting policy; at 0 no reference model exists.
+        kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
+        reward_clip: clip rewards to ±this before the advantages; 0: off.
+        advantage_clip: clip advantages to ±this; 0: off.
+        lr: learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        lr_schedule: ``constant``, ``linear`` or ``cosine``, after a warm-up.
+        warmup_ratio: share of all optimizer steps in which the rate rises linearly.
+        epochs_per_rollout: passes over the samples of one rollout.
+        steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
+        token_budget: most tokens (padding included) of one forward pass.
+        share_prompts: lay out a group with its prompt once; False pads one row a completion.
+        seed: fixes all sampling; default: Lightning's global seed.
+
+    Raises:
+        ValueError: an unknown name, or settings that cannot work together; before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        rewards: Any = None,
+        tokenizer: Any = None,
+        sampling: SamplingParams = SamplingParams(n=8),
+        val_sampling: SamplingParams | None = None,
+        advantage_estimator: str = "group_norm",
+        policy_loss: str = "ppo",
+        policy_loss_options: dict[str, Any] | None = None,
+        aggregation: str = "token_mean",
+        kl_coef: float = 0.0,
+        kl_estimator: str = "k3",
+        reward_clip: float = 0.0,
+        advantage_clip: float = 0.0,
+        lr: float = 1e-5,
+        weight_decay: float = 0.0,
+        lr_schedule: str = "constant",
+        warmup_ratio: float = 0.0,
+        epochs_per_rollout: int = 1,
+        steps_per_epoch: int = 1,
+        token_budget: int = 8192,
+        share_prompts: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if model is None or rewards is None:
+            raise ValueError(f"RLHFModule needs `{'model' if model is None else 'rewards'}`")
+        sampling = _as_sampling(sampling)
+        greedy = SamplingParams(temperature=0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
+        self.automatic_optimization = False
+        self.sampling = sampling
+        self.val_sampling = greedy if val_sampling is None else _as_sampling(val_sampling)
+        self.advantage_estimator = advantage_estimator
+        self.policy_loss = policy_loss
+        self.policy_loss_options = dict(policy_loss_options or {})
+        self.aggregation = aggregation
+        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.reward_clip, self.advantage_clip = reward_clip, advantage_clip
+        self.lr, self.weight_decay = lr, weight_decay
+        self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
+        self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
+        self.token_budget, self.share_prompts = token_budget, share_prompts
+        self.seed = global_seed() if seed is None else seed
+        self._check_settings()
+        self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
+        self._save_hyperparameters(model, rewards)
+        self._source = model
+        self._tokenizer = tokenizer
+        self.actor: PreTrainedModel | None = None
+        self.reference: PreTrainedModel | None = None
+        self.iteration = 0
+        self.last_trajectories: list[Trajectory] = []
+        """What the latest rollout produced, for callbacks that show it."""
+        self._rng_to_restore: dict[str, Any] | None = None
+        self.register_state_dict_post_hook(_drop_reference)
+        self.register_load_state_dict_pre_hook(_add_reference)
+
+    # ---------------------------------------------------------------- one iteration
+
+    def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """Prompts → completions → rewards → advantages → optimizer steps."""
+        start = time.perf_counter()
+        trajectories = self.rollout(batch, self._iteration_sampling())
+        sampled = time.perf_counter()
+        report = self.rewards.score(trajectories)
+        scored = time.perf_counter()
+        usable = self.estimate_advantages(trajectories)
+        metrics = self.update(usable)
+        self._log_iteration(trajectories, usable, report, metrics, (start, sampled, scored, time.perf_counter()))
+        self.iteration += 1
+
+    def rollout(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Trajectory]:
+        """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group."""
+        engine = self.rollout_engine
+        completions = engine.generate([p.token_ids for p in prompts], sampling)
+        self.last_trajectories = [
+            Trajectory(
+                prompt=prompt,
+                completion=completion,
+                group=group,
+                policy_version=engine.version,
+                text=self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            )
+            for group, (prompt, drawn) in enumerate(zip(prompts, completions, strict=True))
+            for completion in drawn
+        ]
+        return self.last_trajectories
+
+    def estimate_advantages(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Fill in the advantages; returns the trajectories of groups that can be compared, in order.
+
+        Left out are samples whose reward failed, and groups that have fewer than two samples then.
+        """
+        scored = [t for t in trajectories if t.reward is not None]
+        members: dict[int, int] = {}
+        for t in scored:
+            members[t.group] = members.get(t.group, 0) + 1
+        usable = [t for t in scored if members[t.group] >= 2]
+        if not usable:
+            log.warning("iteration %d: no group with two scored completions, no update", self.iteration)
+            return []
+        rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
+        if self.reward_clip > 0:
+            rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
+        groups = torch.tensor([t.group for t in usable])
+        values = algorithms.advantages(self.advantage_estimator, rewards, group_ids=groups).advantages
+        if self.advantage_clip > 0:
+            values = values.clamp(-self.advantage_clip, self.advantage_clip)
+        for t, value in zip(usable, values.tolist(), strict=True):
+            t.advantages = (value,) * len(t.mask)
+        return usable
+
+    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """The optimizer steps of one iteration; returns the mean of each metric over them."""
+        several_steps = self.epochs_per_rollout * self.steps_per_epoch > 1
+        # With a single step the first pass itself gives the old log-probabilities: the weights are still the same.
+        old = self._logprobs_of(self.actor, trajectories) if several_steps else None
+        reference = None
+        if self.kl_coef and trajectories:
+            with self._reference_policy() as policy:
+                reference = self._logprobs_of(policy, trajectories)
+        collected = [
+            self._optimizer_step(
+                [trajectories[i] for i in chosen],
+                None if old is None else [old[i] for i in chosen],
+                None if reference is None else [reference[i] for i in chosen],
+            )
+            for chosen in self._minibatches(trajectories)
+        ]
+        return _mean_metrics(collected)
+
+    def _optimizer_step(
+        self, minibatch: list[Trajectory], old: list[Tensor] | None, reference: list[Tensor] | None
+    ) -> dict[str, float]:
+        """One optimizer step over `minibatch`, in as many passes as the token budget asks for."""
+        totals = self._totals(minibatch)
+        # A sample whose advantage is 0 has no gradient unless the KL term gives it one. It still counts in the mean.
+        signal = [i for i, t in enumerate(minibatch) if self.kl_coef or any(t.advantages)]
+        batches = pack([minibatch[i] for i in signal], self.token_budget, share_prompts=self.share_prompts)
+        passes = []
+        for batch in (b.to(self.device) for b in batches):
+            logprobs = completion_logprobs(self.actor, batch, self.sampling.temperature).logprobs  # type: ignore[arg-type]
+            at_sampling = logprobs.detach() if old is None else batch.pack_values([old[i] for i in signal])
+            loss, metrics = algorithms.policy_loss(
+                self.policy_loss,
+                logprobs,
+                at_sampling,
+                batch.pack_values([minibatch[i].advantages for i in signal]),
+                torch.ones_like(logprobs),
+                aggregation=self.aggregation,
+                sequence=batch.trajectory,
+                totals=totals,
+                **self.policy_loss_options,
+            )
+            if reference is not None:
+                kl = algorithms.kl_penalty(
+                    self.kl_estimator, logprobs, batch.pack_values([reference[i] for i in signal])
+                )
+                weights = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
+                loss = loss + self.kl_coef * (kl * weights).sum()
+                metrics["kl"] = (kl.detach() * weights).sum()
+            sampled = batch.pack_values([minibatch[i].completion.logprobs for i in signal])
+            metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
+            self._step(loss, len(batches))
+            passes.append({"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}})
+        return _combine_passes(passes)
+
+    def _step(self, loss: Tensor, passes: int) -> None:
+        """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
+        strategy, optimizer, scheduler = self.strategy, self.optimizers(), self.lr_schedulers()
+        strategy.backward(loss * passes * strategy.world_size, self.actor, optimizer, accumulation_steps=passes)
+        strategy.optimizer_step(optimizer, self.actor, scheduler, "actor", accumulation_steps=passes)
+
+    # ---------------------------------------------------------------- parts of the update
+
+    def _totals(self, minibatch: Sequence[Trajectory]) -> algorithms.BatchTotals:
+        """Sizes of the whole optimizer step over all ranks, which its loss is divided by."""
+        tokens = self.strategy.all_reduce(sum(sum(t.mask) for t in minibatch), op="sum")
+        sequences = self.strategy.all_reduce(len(minibatch), op="sum")
+        return algorithms.BatchTotals(int(tokens), int(sequences), self.sampling.max_new_tokens)
+
+    def _minibatches(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
+        """Indices of the trajectories of each optimizer step: whole groups, in a new order every epoch."""
+        groups: dict[int, list[int]] = {}
+        for i, t in enumerate(trajectories):
+            groups.setdefault(t.group, []).append(i)
+        members = list(groups.values())
+        steps = min(self.steps_per_epoch, len(members))
+        for epoch in range(self.epochs_per_rollout):
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
+            order = torch.randperm(len(members), generator=generator).tolist()
+            for step in range(steps):
+                yield [i for group in order[step::steps] for i in members[group]]
+
+    @torch.no_grad()
+    def _logprobs_of(self, policy: Any, trajectories: list[Trajectory]) -> list[Tensor]:
+        """Log-probabilities of every completion under `policy`, one tensor a trajectory."""
+        batches = [b.to(self.device) for b in pack(trajectories, self.token_budget, share_prompts=self.share_prompts)]
+        flat = [completion_logprobs(policy, batch, self.sampling.temperature).logprobs for batch in batches]
+        return unpack(batches, flat, trajectories)
+
+    @contextlib.contextmanager
+    def _reference_policy(self) -> Iterator[Any]:
+        if self.reference is not None:
+            yield self.reference
+            return
+        with self.actor.disable_adapter():  # type: ignore[union-attr]
+            yield self.actor
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """Generate with `val_sampling`, score, log; training state is not touched."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
+        """As `validation_step`."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
+        """Completions as dicts with ``prompt``, ``completion``, ``token_ids`` and ``finish_reason``."""
+        sampling = dataclasses.replace(self.val_sampling, seed=derive_seed(self.seed, batch_idx))
+        return [
+            {
+                "prompt": t.prompt.text,
+                "completion": t.text,
+                "token_ids": list(t.completion.token_ids),
+                "finish_reason": t.completion.finish_reason,
+            }
+            for t in self.rollout(batch, sampling)
+        ]
+
+    def _evaluate(self, batch: list[Prompt], batch_idx: int, stage: str) -> None:
+        sampling = dataclasses.replace(self.val_sampling, seed=derive_seed(self.seed, batch_idx))
+        trajectories = self.rollout(batch, sampling)
+        self.rewards.score(trajectories)
+        rewards = [t.reward for t in trajectories if t.reward is not None]
+        values = {"length": _mean([len(t.completion.token_ids) for t in trajectories])}
+        if rewards:
+            values["reward"] = _mean(rewards)
+        for name in trajectories[0].reward_parts if trajectories else ():
+            values[f"reward/{name}"] = _mean([t.reward_parts[name] for t in trajectories if name in t.reward_parts])
+        metrics = {f"{stage}/{name}": value for name, value in values.items()}
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(trajectories), sync_dist=True)
+
+    # ---------------------------------------------------------------- set-up
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._source)
+        return self._tokenizer
+
+    @property
+    def strategy(self) -> StrategyBase:
+        """The Trainer's strategy."""
+        return self.trainer.strategy  # type: ignore[return-value]
+
+    @property
+    def rollout_engine(self) -> RolloutCallback:
+        """The Trainer's rollout callback."""
+        return next(c for c in self.trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
+
+    @override
+    def setup(self, stage: str) -> None:
+        if not isinstance(self.trainer.strategy, StrategyBase):
+            raise TypeError(
+                f"RLHFModule trains through a lightrft strategy, got {type(self.trainer.strategy).__name__}: "
+                "use Trainer(strategy='lightrft_fake')"
+            )
+        engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
+        if len(engines) != 1:
+            raise ValueError(
+                f"RLHFModule needs exactly one rollout engine among the callbacks, found {len(engines)}: "
+                "Trainer(callbacks=[TransformersRollout()])"
+            )
+
+    @override
+    def configure_model(self) -> None:
+        if self.actor is not None:
+            return
+        self.actor = load_model(self._source) if isinstance(self._source, str | Mapping) else self._source
+        self.actor.train()
+        if self.kl_coef and not hasattr(self.actor, "disable_adapter"):
+            self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+
+    @override
+    def configure_optimizers(self) -> Any:
+        assert self.actor is not None
+        optimizer = self.strategy.create_optimizer(self.actor, lr=self.lr, weight_decay=self.weight_decay)
+        if self.lr_schedule == "constant" and not self.warmup_ratio:
+            return optimizer
+        steps = self._total_optimizer_steps()
+        name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
+        get_scheduler = import_extra("transformers", "hf").get_scheduler
+        warmup = round(steps * self.warmup_ratio)
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_optimizer_steps(self) -> int:
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        steps = self.trainer.estimated_stepping_batches * self.epochs_per_rollout * self.steps_per_epoch
+        if steps == float("inf"):
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule!r}, warmup_ratio={self.warmup_ratio} need a known number of steps: "
+                "set Trainer(max_epochs=...) or max_steps"
+            )
+        return int(steps)
+
+    @override
+    def on_fit_start(self) -> None:
+        prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
+        longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
+        limits = {
+            "token_budget": self.token_budget,
+            "the model's max_position_embeddings": getattr(self.actor.config, "max_position_embeddings", None),  # type: ignore[union-attr]
+        }
+        for name, limit in limits.items():
+            if limit is not None and longest > limit:
+                raise ValueError(
+                    f"the longest prompt and max_new_tokens={self.sampling.max_new_tokens} make {longest} tokens, "
+                    f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
+                    + (", or raise token_budget" if name == "token_budget" else "")
+                )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lightrft"] = {"iteration": self.iteration, "rng": rng_state()}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("lightrft")
+        if state is None:
+            raise ValueError("this checkpoint was not written by RLHFModule: it holds no iteration count")
+        self.iteration = state["iteration"]
+        self._rng_to_restore = state["rng"]
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Only now: loading data, sanity checks and loggers may have drawn numbers since the checkpoint was read.
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    # ---------------------------------------------------------------- settings and logs
+
+    @classmethod
+    def from_config(cls, config: StrategyConfig, model: Any, rewards: Any, **settings: Any) -> RLHFModule:
+        """Build from LightRFT's configuration fields; `settings` are further arguments and win.
+
+        Raises:
+            ValueError: a field asks for something that this release does not have.
+        """
+        refused = (
+            "critic_pretrain", "remote_rm_url", "pretrain_data", "mixed_mm_data", "reward_running_norm",
+            "advantages_norm", "overlong_buffer", "dynamic_sampling", "plot_every", "use_tensorboard",
+        )  # fmt: skip
+        for name in refused:
+            if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(config, name)!r} is not available yet in this release")
+        if config.use_kl_loss and not settings.get("kl_coef"):
+            raise ValueError("use_kl_loss=True needs kl_coef=<weight of the penalty>")
+        sampling = _as_sampling(settings.pop("sampling", SamplingParams()))
+        values = {
+            "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
+            "advantage_estimator": config.advantage_estimator,
+            "kl_estimator": config.kl_estimator,
+            "reward_clip": config.reward_clip,
+            "advantage_clip": config.advantage_clip,
+            "lr": config.actor_learning_rate,
+            "weight_decay": config.l2,
+            "warmup_ratio": config.lr_warmup_ratio,
+            "seed": config.seed,
+        }
+        return cls(model, rewards, **{**values, **settings})
+
+    def _check_settings(self) -> None:
+        for registry, name in (
+            (algorithms.ADVANTAGES, self.advantage_estimator),
+            (algorithms.POLICY_LOSSES, self.policy_loss),
+            (algorithms.KL_ESTIMATORS, self.kl_estimator),
+        ):
+            if name not in registry:
+                raise ValueError(unknown_name(registry.kind, name, registry))
+        for kind, name, valid in (
+            ("aggregation", self.aggregation, algorithms.AGGREGATIONS),
+            ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
+        ):
+            if name not in valid:
+                raise ValueError(unknown_name(kind, name, valid))
+        loss = algorithms.POLICY_LOSSES[self.policy_loss]
+        algorithms.check_options("policy loss", self.policy_loss, loss, self.policy_loss_options)
+        checks = {
+            "kl_coef": (self.kl_coef >= 0, "0 or more"),
+            "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
+            "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
+            "lr": (self.lr >= 0, "0 or more"),
+            "warmup_ratio": (0 <= self.warmup_ratio <= 1, "between 0 and 1"),
+            "epochs_per_rollout": (self.epochs_per_rollout >= 1, "at least 1"),
+            "steps_per_epoch": (self.steps_per_epoch >= 1, "at least 1"),
+            "token_budget": (self.token_budget >= 1, "at least 1"),
+        }
+        for name, (ok, allowed) in checks.items():
+            if not ok:
+                raise ValueError(f"RLHFModule({name}={getattr(self, name)!r}): must be {allowed}")
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        s = self.sampling
+        if s.n < 2:
+            raise ValueError(
+                f"advantage_estimator={self.advantage_estimator!r} compares the completions of one prompt: "
+                f"sampling.n={s.n} must be at least 2"
+            )
+        if s.temperature == 0:
+            raise ValueError("sampling.temperature=0 (greedy) draws the same completion every time: set it above 0")
+        if s.top_p < 1 or s.top_k > 0:
+            raise ValueError(
+                f"sampling.top_p={s.top_p}, top_k={s.top_k}: the engine would sample from another distribution than "
+                "the trainer computes; train with top_p=1, top_k=0 and set them in val_sampling"
+            )
+
+    def _save_hyperparameters(self, model: Any, rewards: Any) -> None:
+        """Plain values only, so that a checkpoint can be read with `weights_only=True`."""
+        plain = {
+            "sampling": dataclasses.asdict(self.sampling),
+            "val_sampling": dataclasses.asdict(self.val_sampling),
+            "model": model if isinstance(model, str | Mapping) else None,
+            "rewards": rewards if isinstance(rewards, str | Mapping) else None,
+        }
+        names = (
+            "advantage_estimator", "policy_loss", "policy_loss_options", "aggregation", "kl_coef", "kl_estimator",
+            "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
+        )  # fmt: skip
+        self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
+
+    def _iteration_sampling(self) -> SamplingParams:
+        seed = derive_seed(self.seed, self.sampling.seed, self.iteration, self.trainer.global_rank)
+        return dataclasses.replace(self.sampling, seed=seed)
+
+    def _log_iteration(
+        self,
+        trajectories: Sequence[Trajectory],
+        usable: Sequence[Trajectory],
+        report: RewardReport,
+        metrics: Mapping[str, float],
+        times: tuple[float, float, float, float],
+    ) -> None:
+        start, sampled, scored, end = times
+        lengths = [len(t.completion.token_ids) for t in trajectories]
+        rewards = torch.tensor([t.reward for t in trajectories if t.reward is not None])
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        if len(rewards):
+            values["train/reward"] = float(rewards.mean())
+            values["train/reward_std"] = float(rewards.std(correction=0))
+        for name in sorted({name for t in trajectories for name in t.reward_parts}):
+            values[f"train/reward/{name}"] = _mean(
+                [t.reward_parts[name] for t in trajectories if name in t.reward_parts]
+            )
+        values |= {
+            "train/length": _mean(lengths),
+            "train/finished": _mean([t.completion.finish_reason != "length" for t in trajectories]),
+            "train/failed_rewards": float(report.failed),
+            "train/groups_with_signal": float(len({t.group for t in usable if any(t.advantages)})),
+            "train/policy_version": float(self.rollout_engine.version),
+            "train/skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
+            "time/rollout": sampled - start,
+            "time/rewards": scored - sampled,
+            "time/update": end - scored,
+            "time/tokens_per_second": sum(lengths) / max(end - start, 1e-9),
+        }
+        if metrics:
+            values["train/grad_norm"] = self.strategy.grad_norms.get("actor", float("nan"))
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(trajectories))
+
+
+def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
+    return value if isinstance(value, SamplingParams) else SamplingParams(**value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _combine_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of one optimizer step: shares of the loss and the KL add up, maxima stay maxima, the rest is averaged."""
+    combined: dict[str, float] = {}
+    for name in passes[0] if passes else ():
+        values = [p[name] for p in passes]
+        if name in ("loss", "kl"):
+            combined[name] = sum(values)
+        else:
+            combined[name] = max(values) if name.endswith("max") else _mean(values)
+    return combined
+
+
+def _mean_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = {name for step in steps for name in step}
+    return {name: _mean([step[name] for step in steps if name in step]) for name in sorted(names)}
+
+
+def _drop_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """The reference is the starting policy: it comes from `model`, so a checkpoint need not hold it."""
+    for name in [n for n in state_dict if n.startswith(f"{prefix}reference.")]:
+        del state_dict[name]
+
+
+def _add_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if module.reference is not None:
+        for name, value in module.reference.state_dict().items():
+            state_dict[f"{prefix}reference.{name}"] = value

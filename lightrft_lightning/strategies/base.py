@@ -1,0 +1,689 @@
+"""`StrategyBase`: LightRFT's strategy interface on top of Lightning's `Strategy`.
+
+What a back end has of its own stays in its class. The methods here are written for one process and are right for
+every back end whose parameters are plain tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from lightrft_lightning._errors import unknown_name
+from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.strategies import checkpoint
+
+if TYPE_CHECKING:
+    from lightrft_lightning.data import ResumableDataLoader
+    from lightrft_lightning.engines.base import RolloutEngine
+    from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+@dataclass
+class _Trained:
+    """What the strategy knows about one model: its optimizer and scheduler, or which parameters it froze."""
+
+    optimizer: Optimizer | None = None
+    scheduler: Any = None
+    frozen: tuple[nn.Parameter, ...] = ()
+
+
+class StrategyBase(Strategy):
+    """LightRFT's strategy interface; by itself a complete back end for one process.
+
+    The same object serves a hand-written loop and ``Trainer(strategy=...)``. Subclass it and call
+    `register_strategy` to add a back end.
+
+    Args:
+        config: all settings at once.
+        args: the same from an `argparse.Namespace`, object or mapping (see `StrategyConfig.from_args`).
+        **kwargs: single fields of `StrategyConfig` (they win over `config`), and the keywords of the Lightning
+            strategy that the class builds on.
+
+    Raises:
+        TypeError: an unknown keyword (the message names the nearest one), or both `config` and `args`.
+        ValueError: a field that is out of range.
+
+    Example:
+        >>> strategy = FakeStrategy(micro_train_batch_size=4, train_batch_size=8)
+        >>> strategy.setup_distributed()
+        >>> model, optimizer = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3)))
+        >>> for batch in loader:
+        ...     strategy.backward(model(batch).mean(), model, optimizer)
+        ...     strategy.optimizer_step(optimizer, model, scheduler=None)
+    """
+
+    strategy_name = "lightrft_base"
+
+    def __init__(self, *, config: StrategyConfig | None = None, args: Any = None, **kwargs: Any) -> None:
+        if config is not None and args is not None:
+            raise TypeError("give `config` or `args`, not both")
+        base = config if config is not None else StrategyConfig.from_args({} if args is None else args)
+        fields, parent = self._split_keywords(kwargs)
+        self.config = self._checked_config(base.replace(**fields) if fields else base)
+        self.args = args if args is not None else self.config.args  # type: ignore[attr-defined]
+        super().__init__(**parent)
+        self.inference_engine: RolloutEngine | None = None
+        self.grad_norms: dict[str, float] = {}
+        """Gradient norm before clipping of the latest step, by the `name` given to `optimizer_step`."""
+        self.skipped_steps: dict[str, int] = {}
+        """Steps left out because the gradient was not finite, by name."""
+        self.optimizer_steps = 0
+        """Optimizer steps made, over all optimizers."""
+        self._models: WeakKeyDictionary[nn.Module, _Trained] = WeakKeyDictionary()
+        self._pending: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+    def _split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields = {f for f in StrategyConfig.__dataclass_fields__}
+        lightning = set(inspect.signature(super().__init__).parameters) - {"args", "kwargs"}
+        for name in kwargs:
+            if name not in fields | lightning:
+                raise TypeError(unknown_name(f"{type(self).__name__} keyword", name, fields | lightning))
+        return (
+            {k: v for k, v in kwargs.items() if k in fields},
+            {k: v for k, v in kwargs.items() if k not in fields},
+        )
+
+    def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
+        """Hook for a back end to refuse or complete settings."""
+        return config
+
+    # ---------------------------------------------------------------- one process, unless a subclass says otherwise
+
+    is_global_zero = SingleDeviceStrategy.is_global_zero
+    reduce = SingleDeviceStrategy.reduce
+    all_gather = SingleDeviceStrategy.all_gather
+    barrier = SingleDeviceStrategy.barrier
+    broadcast = SingleDeviceStrategy.broadcast
+    model_to_device = SingleDeviceStrategy.model_to_device
+    world_size = 1
+    global_rank = 0
+    local_rank = 0
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        strategy_registry.register(cls.strategy_name, cls, description=cls.__doc__ or "", override=True)
+
+    # ---------------------------------------------------------------- start
+
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        """Seed everything and check the batch sizes; start or join the process group where the back end has one.
+
+        Args:
+            timeout: how long a collective may take before it is an error; nothing to wait for in one process.
+
+        Raises:
+            ValueError: `train_batch_size` does not divide by `micro_train_batch_size` × world size.
+        """
+        from lightning.pytorch import seed_everything
+
+        self._check_batch_sizes()
+        seed_everything(self.config.seed, verbose=False)
+
+    @override
+    def setup_environment(self) -> None:
+        self._check_batch_sizes()
+        super().setup_environment()
+
+    def _check_batch_sizes(self) -> None:
+        c = self.config
+        if self._has_batch_sizes and c.train_batch_size % (c.micro_train_batch_size * self.world_size):
+            raise ValueError(
+                f"train_batch_size={c.train_batch_size} is not a multiple of micro_train_batch_size="
+                f"{c.micro_train_batch_size} × world size={self.world_size}: change one of them so that it divides"
+            )
+
+    @property
+    def _has_batch_sizes(self) -> bool:
+        return self.config.is_set("train_batch_size", "micro_train_batch_size")
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Backward passes of one optimizer step; 1 if the strategy was built without batch sizes."""
+        c = self.config
+        return c.train_batch_size // (c.micro_train_batch_size * self.world_size) if self._has_batch_sizes else 1
+
+    # ---------------------------------------------------------------- models and optimizers
+
+    def create_optimizer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        **kwargs: Any,
+    ) -> Optimizer:
+        """Fused AdamW over the trainable parameters; no weight decay on biases and norms.
+
+        Args:
+            model: the model to train. If `prepare` froze it, it is trainable again.
+            lr: learning rate; default `config.actor_learning_rate`.
+            betas: default `config.adam_betas`.
+            weight_decay: default `config.l2`.
+            **kwargs: further keywords of `torch.optim.AdamW`.
+
+        Raises:
+            ValueError: the model has no trainable parameter.
+        """
+        known = self._models.setdefault(model, _Trained())
+        for parameter in known.frozen:
+            parameter.requires_grad_(True)
+        if known.frozen:
+            model.train()
+        known.frozen = ()
+        decay = self.config.l2 if weight_decay is None else weight_decay
+        groups = [
+            {"params": params, "weight_decay": d}
+            for params, d in zip(_decay_groups(model), (decay, 0.0), strict=True)
+            if params
+        ]
+        if not groups:
+            raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to optimize")
+        lr = self.config.actor_learning_rate if lr is None else lr
+        kwargs.setdefault("fused", True)
+        known.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas or self.config.adam_betas, **kwargs)
+        return known.optimizer
+
+    def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
+        """Put models on the device, ready to train or to infer.
+
+        Args:
+            *models_or_pairs: models, ``(model, optimizer)`` pairs or ``(model, optimizer, scheduler)`` triples; None
+                passes through (a reference that is not used). A model without an optimizer, neither in its tuple nor
+                made by `create_optimizer`, is frozen and set to eval mode.
+            is_rlhf: accepted for LightRFT's callers. The roles follow from the optimizers, so it changes nothing here.
+
+        Returns:
+            The same objects, wrapped where the back end wraps, in the same order and shape; a single argument comes
+            back by itself.
+        """
+        prepared = tuple(self._prepare_one(item) for item in models_or_pairs)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    def _prepare_one(self, item: Any) -> Any:
+        if item is None:
+            return None
+        model, *rest = item if isinstance(item, tuple | list) else (item,)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"prepare() takes models, (model, optimizer) or (model, optimizer, scheduler), got {item!r}"
+            )
+        known = self._models.setdefault(model, _Trained())
+        optimizer, scheduler = (*rest, None, None)[:2]
+        known.optimizer = known.optimizer if optimizer is None else optimizer
+        known.scheduler = known.scheduler if scheduler is None else scheduler
+        model = self._wrap(model.to(self.root_device), known)
+        if known.optimizer is None:
+            known.frozen += tuple(p for p in model.parameters() if p.requires_grad)
+            model.requires_grad_(False).eval()
+        else:
+            _state_to(known.optimizer, self.root_device)
+            model.train()
+        return (model, *rest) if isinstance(item, tuple | list) else model
+
+    def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
+        """Hook: how this back end wraps a model. Here: mixed precision around its forward pass."""
+        dtype = self.config.compute_dtype(self.root_device)
+        if dtype != torch.float32 and not getattr(model, "_lightrft_autocast", False):
+            model.forward = torch.autocast(self.root_device.type, dtype=dtype)(model.forward)
+            model._lightrft_autocast = True  # type: ignore[assignment]
+        return model
+
+    def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Where to build a large model.
+
+        Args:
+            meta_init: build without memory where the back end shards afterwards. One device holds the whole model in
+                any case, so here it is built on it directly, with real weights.
+        """
+        return torch.device(self.root_device)
+
+    # ---------------------------------------------------------------- one step
+
+    @override
+    def backward(self, loss: Tensor, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Back-propagate `loss`, divided so that gradients are the mean over accumulation steps and ranks.
+
+        Two call forms, told apart by the second argument: LightRFT's ``backward(loss, model, optimizer)`` and
+        Lightning's ``backward(loss, optimizer, ...)``.
+
+        Args:
+            loss: scalar, the mean over the micro-batch.
+            model: the model that the loss comes from.
+            optimizer: its optimizer.
+            accumulation_steps: (keyword) backward passes of this optimizer step, in place of `accumulation_steps`.
+        """
+        if not isinstance(model, nn.Module):
+            rest = () if optimizer is None else (optimizer,)
+            return super().backward(loss, model, *rest, *args, **kwargs)
+        return self._backward(loss, model, optimizer, *args, **kwargs)
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Any, scheduler: Any = None, name: str = "model", **kwargs: Any
+    ) -> Any:
+        """Step at the accumulation boundary: clip by the global norm, skip what is not finite, advance the scheduler.
+
+        Two call forms, told apart by the second argument: LightRFT's ``optimizer_step(optimizer, model, scheduler)``
+        and Lightning's ``optimizer_step(optimizer, closure, model)``.
+
+        Args:
+            optimizer: the optimizer.
+            model: its model.
+            scheduler: its learning-rate scheduler or None; advanced once per step that is made.
+            name: key of `grad_norms` and `skipped_steps`.
+            accumulation_steps: (keyword) as in `backward`.
+            flush: (keyword) step now, with the mean over the passes so far: for the end of the data, so that a
+                partial accumulation does not leak into what comes next.
+
+        Returns:
+            The gradient norm before clipping, or None if this call did not reach the boundary.
+        """
+        if not isinstance(model, nn.Module):
+            positional = () if scheduler is None else (scheduler,)
+            return super().optimizer_step(optimizer, model, *positional, **kwargs)
+        return self._optimizer_step(optimizer, model, scheduler, name, **kwargs)
+
+    def _backward(
+        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+    ) -> None:
+        (loss / (accumulation_steps or self.accumulation_steps)).backward()
+
+    def _optimizer_step(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        scheduler: Any,
+        name: str,
+        accumulation_steps: int | None = None,
+        flush: bool = False,
+    ) -> float | None:
+        raw = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper counts steps for the Trainer
+        steps = accumulation_steps or self.accumulation_steps
+        done = self._pending.get(raw, 0) + 1
+        self._pending[raw] = done
+        if done < steps and not flush:
+            return None
+        self._pending[raw] = 0
+        parameters = [p for group in raw.param_groups for p in group["params"] if p.grad is not None]
+        if done < steps:
+            torch._foreach_mul_([p.grad for p in parameters], steps / done)
+        norm = float(self._clip(parameters))
+        self.grad_norms[name] = norm
+        if torch.isfinite(torch.tensor(norm)):
+            optimizer.step()
+            self.optimizer_steps += 1
+            if scheduler is not None:
+                scheduler.step()
+        else:
+            self.skipped_steps[name] = self.skipped_steps.get(name, 0) + 1
+            log.warning("%s: gradient norm is %s, step skipped (%d so far)", name, norm, self.skipped_steps[name])
+        optimizer.zero_grad()
+        return norm
+
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Clip by one global norm over all parameter groups; returns the norm before."""
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_norm, norm)
+        return norm
+
+    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+        """Update `ema` in place: ``ema = beta · ema + (1 − beta) · model``; buffers are copied."""
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                average.lerp_(parameter.to(average.device, average.dtype), 1 - beta)
+            for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+                average.copy_(buffer)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_ckpt(
+        self,
+        model: nn.Module,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        max_num: int = 3,
+        max_mem: float = 1000,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> str:
+        """Write a checkpoint: complete, or not there at all.
+
+        Args:
+            model: the model.
+            save_dir: folder of checkpoints.
+            tag: name of this one; default ``step_<optimizer steps made>``.
+            max_num: afterwards the oldest checkpoints of this package are removed until so many remain.
+            max_mem: and until the folder is under so many GB. The new one is never removed, nor is any file or
+                folder that this package did not write.
+            client_state: the caller's own state: plain containers, numbers, strings and tensors.
+            save_latest: let ``latest`` name this checkpoint.
+            optimizer: default: the one known from `create_optimizer` or `prepare`.
+            scheduler: likewise.
+
+        Returns:
+            The checkpoint's path.
+        """
+        known = self._models.get(model, _Trained())
+        optimizer = optimizer or known.optimizer
+        if optimizer is not None and self._pending.get(getattr(optimizer, "optimizer", optimizer), 0):
+            log.warning("checkpoint in the middle of an accumulation: the pending gradients are not part of it")
+        state = checkpoint.TrainingState(
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler or known.scheduler,
+            client_state=dict(client_state or {}),
+            step=self.optimizer_steps,
+        )
+        path = checkpoint.save(
+            state,
+            Path(save_dir),
+            tag or f"step_{self.optimizer_steps}",
+            strategy=self.strategy_name,
+            world_size=self.world_size,
+            save_latest=save_latest,
+        )
+        checkpoint.rotate(Path(save_dir), keep=path, max_num=max_num, max_bytes=max_mem * 1e9)
+        return str(path)
+
+    def load_ckpt(
+        self,
+        model: nn.Module,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """Read a checkpoint in place.
+
+        Args:
+            model: the model to load into.
+            load_dir: folder of checkpoints.
+            tag: which one; default: what ``latest`` names.
+            load_module_strict: every tensor of the model must be there and no other.
+            load_optimizer_states: restore the optimizer.
+            load_lr_scheduler_states: restore the scheduler.
+            load_module_only: the weights and nothing else: no optimizer, scheduler, step count or random state.
+            optimizer: default: the one known from `create_optimizer` or `prepare`.
+            scheduler: likewise.
+
+        Returns:
+            The checkpoint's path and the `client_state` that was saved.
+
+        Raises:
+            FileNotFoundError: no such checkpoint; the message lists those there are.
+            CheckpointError: it is incomplete, damaged or of another model; nothing was changed.
+        """
+        known = self._models.get(model, _Trained())
+        state = checkpoint.TrainingState(
+            model=model,
+            optimizer=(optimizer or known.optimizer) if load_optimizer_states and not load_module_only else None,
+            scheduler=(scheduler or known.scheduler) if load_lr_scheduler_states and not load_module_only else None,
+        )
+        path = checkpoint.find(Path(load_dir), tag)
+        checkpoint.load(state, path, strict=load_module_strict, restore_rng=not load_module_only)
+        if not load_module_only:
+            self.optimizer_steps = state.step
+        return str(path), state.client_state
+
+    def save_model(
+        self, model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike[str], merge_lora: bool = True
+    ) -> None:
+        """Write a Hugging Face safetensors folder that `from_pretrained` and vLLM open.
+
+        Args:
+            model: a Hugging Face model, or a wrapper that holds one as ``.model``.
+            tokenizer: saved beside it; None to leave it out.
+            output_dir: the folder; an existing one is replaced file by file.
+            merge_lora: fold LoRA adapters into the weights; False saves the adapter alone.
+        """
+        checkpoint.save_pretrained(model, tokenizer, Path(output_dir), merge_lora=merge_lora)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        with checkpoint.readable(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        checkpoint.check_same_model(module.state_dict(), checkpoint_["state_dict"], "the checkpoint", strict)
+        super().load_model_state_dict(checkpoint_, strict=strict)
+
+    # ---------------------------------------------------------------- data, logs, collectives
+
+    def setup_dataloader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        pin_memory: bool = False,
+        shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = True,
+        consumed_samples: int = 0,
+        **kwargs: Any,
+    ) -> ResumableDataLoader:
+        """A data loader that gives each rank its share, reshuffles every epoch and can start in the middle.
+
+        Args:
+            dataset: map-style data set.
+            batch_size: samples of one batch on one rank.
+            pin_memory: page-locked batches.
+            shuffle: a new order every epoch, fixed by `config.seed`.
+            collate_fn: how samples become a batch.
+            drop_last: leave out the last, incomplete batch.
+            consumed_samples: samples, over all ranks, already seen in this epoch.
+            **kwargs: further keywords of `torch.utils.data.DataLoader`.
+        """
+        from lightrft_lightning.data import make_dataloader
+
+        return make_dataloader(
+            dataset, batch_size, num_replicas=self.world_size, rank=self.global_rank, shuffle=shuffle,
+            seed=self.config.seed, drop_last=drop_last, consumed_samples=consumed_samples, collate_fn=collate_fn,
+            pin_memory=pin_memory, **kwargs,
+        )  # fmt: skip
+
+    def print(self, *msg: Any) -> None:
+        """Print on rank 0."""
+        if self.is_rank_0():
+            print(*msg, flush=True)
+
+    def is_rank_0(self) -> bool:
+        """Whether this is the first process of all."""
+        return self.get_rank() == 0
+
+    def get_rank(self) -> int:
+        """This process's number among all."""
+        return self.global_rank
+
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        """Combine tensors or numbers over all ranks, in nested dicts and lists too; the identity in one process.
+
+        Args:
+            data: tensor, number, or dicts and lists of them.
+            op: ``mean``, ``sum`` or ``max``.
+        """
+        if op not in ("mean", "sum", "max"):
+            raise ValueError(unknown_name("reduction", op, ("mean", "sum", "max")))
+        return data
+
+    def report_memory(self, prefix: str = "") -> dict[str, float]:
+        """Print (on rank 0) and return the memory in use, in GiB: of the process, and of its accelerator if any."""
+        report = {"process": _resident_bytes() / GIB}
+        if self.root_device.type == "cuda":
+            report["device_allocated"] = torch.cuda.memory_allocated(self.root_device) / GIB
+            report["device_reserved"] = torch.cuda.memory_reserved(self.root_device) / GIB
+        self.print(f"{prefix} memory:", ", ".join(f"{k} {v:.2f} GiB" for k, v in report.items()))
+        return report
+
+    # ---------------------------------------------------------------- memory
+
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:
+        """Move the optimizer's state to CPU memory; nothing to do where it is there already."""
+        _state_to(optimizer, torch.device("cpu"))
+
+    def maybe_load_optimizer(self, optimizer: Optimizer) -> None:
+        """Move the optimizer's state back to the device."""
+        _state_to(optimizer, self.root_device)
+
+    def offload_model(self, model: nn.Module) -> None:
+        """Move the model to CPU memory; nothing to do where it is there already."""
+        model.to("cpu")
+
+    def reload_model(self, model: nn.Module) -> None:
+        """Move the model back to the device."""
+        model.to(self.root_device)
+
+    # ---------------------------------------------------------------- inference engines
+
+    def setup_inference_engine(
+        self, config: Any = None, engine_type: str | None = None, actor: nn.Module | None = None, tokenizer: Any = None
+    ) -> RolloutEngine:
+        """Build the engine that generates, and keep it as `inference_engine`.
+
+        Args:
+            config: as in `StrategyConfig.from_args`; default: the strategy's own.
+            engine_type: default `config.engine_type`.
+            actor: the model that the engine generates with.
+            tokenizer: its tokenizer; default: the one of the folder that the actor was loaded from.
+
+        Raises:
+            ValueError: an unknown engine, or no actor.
+            RuntimeError: an engine that this release does not have.
+        """
+        from lightrft_lightning.engines import create_engine
+
+        settings = self.config if config is None else StrategyConfig.from_args(config)
+        self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer)
+        return self.inference_engine
+
+    def engines_sleep(self, engines: RolloutEngine | Iterable[RolloutEngine], level: int = 1) -> None:
+        """Let engines give their device memory back; idempotent."""
+        for engine in _as_list(engines):
+            engine.sleep(level)
+
+    def engines_wake_up(self, engines: RolloutEngine | Iterable[RolloutEngine]) -> None:
+        """Undo `engines_sleep`; idempotent."""
+        for engine in _as_list(engines):
+            engine.wake_up()
+
+    def maybe_sleep_inference_engine(self) -> None:
+        """`engines_sleep` of the strategy's own engine, if it has one and `enable_engine_sleep` is set."""
+        if self.inference_engine is not None and self.config.enable_engine_sleep:
+            self.engines_sleep(self.inference_engine)
+
+    def wakeup_inference_engine(self) -> None:
+        """`engines_wake_up` of the strategy's own engine, if it has one."""
+        if self.inference_engine is not None:
+            self.engines_wake_up(self.inference_engine)
+
+    def gather_and_generate(
+        self,
+        sampling_params: SamplingParams | Mapping[str, Any],
+        all_prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        all_prompts: Sequence[str] | None = None,
+        all_images: Sequence[Any] | None = None,
+        sleep_engine: bool = True,
+    ) -> list[list[Completion]]:
+        """Generate for this rank's prompts with the strategy's engine.
+
+        Args:
+            sampling_params: `SamplingParams`, or a mapping with its fields.
+            all_prompt_token_ids: prompts as token ids, ragged; or
+            all_prompts: prompts as text, tokenised by the engine's tokenizer.
+            all_images: images of each prompt; refused by engines of text models.
+            sleep_engine: let the engine sleep afterwards if `enable_engine_sleep` is set.
+
+        Returns:
+            For each prompt, in order, its completions: token ids, log-probabilities and finish reason.
+        """
+        from lightrft_lightning.experience.trajectory import SamplingParams
+
+        engine = self._engine()
+        if all_images is not None:
+            raise ValueError(f"all_images: {type(engine).__name__} generates from text only")
+        if (all_prompt_token_ids is None) == (all_prompts is None):
+            raise ValueError("give exactly one of all_prompt_token_ids and all_prompts")
+        if all_prompt_token_ids is None:
+            assert all_prompts is not None
+            all_prompt_token_ids = engine.tokenize(all_prompts)
+        if not isinstance(sampling_params, SamplingParams):
+            sampling_params = SamplingParams(**sampling_params)
+        self.wakeup_inference_engine()
+        completions = engine.generate(all_prompt_token_ids, sampling_params)
+        if sleep_engine:
+            self.maybe_sleep_inference_engine()
+        return completions
+
+    def update_engine_weights(self, actor: nn.Module) -> None:
+        """Give the engine the actor's current weights and advance its version."""
+        engine = self._engine()
+        engine.update_weights(actor.named_parameters(), engine.version + 1)
+
+    def _engine(self) -> RolloutEngine:
+        if self.inference_engine is None:
+            raise RuntimeError("no inference engine: call setup_inference_engine(...) first")
+        return self.inference_engine
+
+
+def _decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters with and without weight decay: vectors are biases and norm weights."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [p for p in trainable if p.ndim >= 2], [p for p in trainable if p.ndim < 2]
+
+
+def _state_to(optimizer: Optimizer, device: torch.device) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and (key != "step" or value.device.type != "cpu"):
+                state[key] = value.to(device)
+
+
+def _as_list(engines: Any) -> Iterator[Any]:
+    return iter(engines) if isinstance(engines, Iterable) else iter((engines,))
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the operating system has no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,26 @@
+"""`DeepspeedStrategy`: name, dispatch and configuration checks; the back end itself is not part of this release."""
+
+from __future__ import annotations
+
+from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies.fsdp import FSDPV2Strategy
+
+
+class DeepspeedStrategy(StrategyBase):
+    """DeepSpeed ZeRO-1, 2 and 3. Not available yet: the first thing that would need it says so.
+
+    Raises:
+        ValueError: a configuration that contradicts DeepSpeed, e.g. ``fsdp=True``.
+    """
+
+    strategy_name = "lightrft_deepspeed"
+
+    def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
+        if config.fsdp:
+            raise ValueError("DeepspeedStrategy(fsdp=True): leave fsdp out, or use FSDPV2Strategy")
+        return config
+
+    _not_available = FSDPV2Strategy._not_available
+    setup_distributed = setup_environment = prepare = create_optimizer = init_model_context = _not_available
+    save_ckpt = load_ckpt = backward = optimizer_step = _not_available
