@@ -1,0 +1,37 @@
+"""Algorithms as pure functions on typed inputs, in tables that users extend with ``@TABLE.register("name")``."""
+
+from lightrft_lightning.algorithms._options import check_options
+from lightrft_lightning.algorithms.advantages import ADVANTAGES, AdvantageInputs, Advantages, advantages
+from lightrft_lightning.algorithms.corrections import mismatch_metrics
+from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, kl_penalty
+from lightrft_lightning.algorithms.losses import (
+    AGGREGATIONS,
+    POLICY_LOSSES,
+    BatchTotals,
+    PolicyLoss,
+    PolicyTokens,
+    TokenObjective,
+    aggregation_weights,
+    policy_loss,
+    summarize,
+)
+
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "KL_ESTIMATORS",
+    "POLICY_LOSSES",
+    "AdvantageInputs",
+    "Advantages",
+    "BatchTotals",
+    "PolicyLoss",
+    "PolicyTokens",
+    "TokenObjective",
+    "advantages",
+    "aggregation_weights",
+    "check_options",
+    "kl_penalty",
+    "mismatch_metrics",
+    "policy_loss",
+    "summarize",
+]

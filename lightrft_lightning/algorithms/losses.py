@@ -1,0 +1,229 @@
+"""Policy losses: per-token objectives, and how tokens are weighed into one number.
+
+The two are separate. An objective knows nothing of the batch it is in; `aggregation_weights` knows only sizes, and gets
+those of the *whole optimizer step* from outside. So ``loss = -(weights * objective).sum()`` of micro-batches, on any
+number of ranks, adds up exactly to the loss of the global batch, however it is cut. All tensors are flat: one entry for
+each policy token, as `PackedBatch` has them; `policy_loss` is the front door for padded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightrft_lightning._registry import Registry
+from lightrft_lightning.algorithms._options import check_options
+from lightrft_lightning.algorithms.kl import k3
+
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyTokens:
+    """What a policy loss sees: every policy token of some sequences, flat. A sequence is never cut.
+
+    Attributes:
+        log_probs: ``[N]`` under the policy that is trained, with gradient.
+        old_log_probs: ``[N]`` under the policy that the ratio is taken to.
+        advantages: ``[N]``.
+        sequence: ``[N]`` int64, which sequence a token belongs to; any numbering from 0, gaps allowed.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    sequence: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """``[N]`` log(pi / pi_old), within ±20 so that its exponential is finite (inf times 0 would be NaN)."""
+        return (self.log_probs - self.old_log_probs.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+@dataclass(frozen=True)
+class TokenObjective:
+    """What a policy loss returns.
+
+    Attributes:
+        value: ``[N]``, to be maximised.
+        metrics: name → ``[N]`` without gradient; concatenate over micro-batches, then `summarize`.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Sizes of the whole optimizer step, over all micro-batches and ranks: what its loss is divided by.
+
+    Attributes:
+        num_tokens: policy tokens.
+        num_sequences: completions, those without policy tokens included.
+        max_length: the length limit of a completion, for ``sequence_sum_constant``.
+    """
+
+    num_tokens: int
+    num_sequences: int
+    max_length: int | None = None
+
+
+class PolicyLoss(NamedTuple):
+    """A loss to minimise (scalar) and its metrics (scalars without gradient; none if there is no token)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+PolicyObjective = Callable[..., TokenObjective]
+Aggregation = Callable[[Tensor, BatchTotals], Tensor]
+
+POLICY_LOSSES: Registry[PolicyObjective] = Registry("policy loss")
+"""Name → function ``(PolicyTokens, *, options) -> TokenObjective``."""
+
+AGGREGATIONS: Registry[Aggregation] = Registry("aggregation")
+"""Name → function ``(sequence [N], BatchTotals) -> weights``, ``[N]`` or a scalar."""
+
+
+@POLICY_LOSSES.register("ppo")
+def ppo(
+    tokens: PolicyTokens, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> TokenObjective:
+    """The clipped objective ``min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`` (arXiv 1707.06347).
+
+    Args:
+        tokens: see `PolicyTokens`.
+        clip_low: how far the ratio may fall before the gradient ends.
+        clip_high: how far it may rise; above `clip_low` it is DAPO's clip-higher (arXiv 2503.14476).
+        dual_clip: the objective is at least ``dual_clip * A`` where A < 0 (arXiv 1912.09729), usually 3.
+
+    Raises:
+        ValueError: a clip is negative or `dual_clip` is at most 1.
+    """
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(f"ppo(clip_low={clip_low!r}, clip_high={clip_high!r}): must be 0 or more")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"ppo(dual_clip={dual_clip!r}): must be above 1, or None to switch it off")
+    advantages, log_ratio = tokens.advantages, tokens.log_ratio
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    value = torch.minimum(unclipped, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip is not None:
+        value = torch.where(advantages < 0, torch.maximum(value, dual_clip * advantages), value)
+    metrics = {
+        "clip_fraction": (value != unclipped).to(ratio.dtype),
+        "ratio": ratio.detach(),
+        "approx_kl": k3(-log_ratio.detach()),
+    }
+    return TokenObjective(value, metrics)
+
+
+@AGGREGATIONS.register("token_mean")
+def token_mean(sequence: Tensor, totals: BatchTotals) -> Tensor:
+    """Every token of the global batch weighs the same (DAPO, arXiv 2503.14476)."""
+    return torch.tensor(1 / max(totals.num_tokens, 1), dtype=torch.float64)  # a scalar does not promote the product
+
+
+@AGGREGATIONS.register("sequence_mean")
+def sequence_mean(sequence: Tensor, totals: BatchTotals) -> Tensor:
+    """Every sequence weighs the same, and so does every token within it (GRPO, arXiv 2402.03300)."""
+    lengths = torch.bincount(sequence)[sequence]
+    return 1 / (lengths * max(totals.num_sequences, 1))
+
+
+@AGGREGATIONS.register("sequence_sum_constant")
+def sequence_sum_constant(sequence: Tensor, totals: BatchTotals) -> Tensor:
+    """Sum over a sequence, divided by the constant length limit, mean over sequences (Dr. GRPO, arXiv 2503.20783)."""
+    if totals.max_length is None:
+        raise ValueError(
+            "aggregation 'sequence_sum_constant' divides by the length limit: give max_length=<max_new_tokens>"
+        )
+    return torch.tensor(1 / (max(totals.num_sequences, 1) * totals.max_length), dtype=torch.float64)
+
+
+def aggregation_weights(name: str, sequence: Tensor, totals: BatchTotals) -> Tensor:
+    """The weight of each token in the global batch's loss.
+
+    Args:
+        name: ``token_mean``, ``sequence_mean``, ``sequence_sum_constant`` or one registered in `AGGREGATIONS`.
+        sequence: ``[N]`` which sequence a token belongs to; all policy tokens of a sequence must be here.
+        totals: sizes of the whole optimizer step.
+
+    Returns:
+        ``[N]``, or a scalar where all tokens weigh the same.
+
+    Raises:
+        ValueError: no such aggregation.
+    """
+    return AGGREGATIONS[name](sequence, totals)
+
+
+def summarize(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per-token metrics → scalars: means, and for ``ratio`` also the maximum. Empty if there is no token."""
+    result: dict[str, Tensor] = {}
+    for name, values in metrics.items():
+        if values.numel():
+            result["ratio_mean" if name == "ratio" else name] = values.mean()
+        if values.numel() and name == "ratio":
+            result["ratio_max"] = values.max()
+    return result
+
+
+def policy_loss(
+    name: str,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    aggregation: str = "token_mean",
+    sequence: Tensor | None = None,
+    totals: BatchTotals | None = None,
+    max_length: int | None = None,
+    **options: Any,
+) -> PolicyLoss:
+    """A policy loss on padded or flat tensors.
+
+    Masked entries are taken out before anything is computed, so whatever they hold, NaN included, has no influence.
+
+    Args:
+        name: ``ppo`` or one registered in `POLICY_LOSSES`.
+        log_probs: ``[B, T]``, or ``[N]`` flat.
+        old_log_probs: the same shape.
+        advantages: the same shape, or ``[B]`` for one value a sequence.
+        mask: the same shape, true at policy tokens.
+        aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
+        sequence: ``[N]`` which sequence a flat entry belongs to; without it they are one sequence.
+        totals: sizes of the whole optimizer step, if these tensors are only a part of it.
+        max_length: the length limit of a completion, for ``sequence_sum_constant``; part of `totals` if that is given.
+        **options: of the policy loss, e.g. ``clip_high=0.28``.
+
+    Raises:
+        ValueError: an unknown name, aggregation or option, or shapes that do not fit.
+    """
+    objective = POLICY_LOSSES[name]
+    check_options("policy loss", name, objective, options)
+    if advantages.dim() == 1 and log_probs.dim() == 2:
+        advantages = advantages[:, None].expand(-1, log_probs.shape[1])
+    _check_shapes(log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
+    if sequence is None:
+        rows = torch.arange(log_probs.shape[0] if log_probs.dim() == 2 else 1, device=log_probs.device)
+        sequence = rows[:, None].expand_as(log_probs) if log_probs.dim() == 2 else rows.expand_as(log_probs)
+    _check_shapes(log_probs, sequence=sequence)
+    keep = mask.bool()
+    tokens = PolicyTokens(log_probs[keep], old_log_probs[keep], advantages[keep], sequence[keep])
+    if totals is None:
+        totals = BatchTotals(int(keep.sum()), sequence.unique().numel(), max_length)
+    result = objective(tokens, **options)
+    weights = aggregation_weights(aggregation, tokens.sequence, totals)
+    return PolicyLoss(-(weights * result.value).sum(), summarize(result.metrics))
+
+
+def _check_shapes(log_probs: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.shape != log_probs.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, log_probs {tuple(log_probs.shape)}")

@@ -1,0 +1,178 @@
+"""Log-probabilities of completion tokens without the ``[tokens, vocabulary]`` logits that they come from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning.experience.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class LogProbs(NamedTuple):
+    """Of the N policy tokens of a `PackedBatch`, in its order, float32.
+
+    Attributes:
+        logprobs: ``[N]`` log-probability of each token.
+        entropy: ``[N]`` entropy (nats) of the distribution it was drawn from, without gradient; None if not asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def completion_logprobs(
+    model: nn.Module, batch: PackedBatch, temperature: float = 1.0, chunk_size: int = 1024, entropy: bool = False
+) -> LogProbs:
+    """Log-probabilities of a batch's policy tokens under `model`.
+
+    The backbone runs once over the rows. The output head runs only at the positions that predict policy tokens,
+    `chunk_size` of them at a time, and again in the backward pass in place of keeping its logits, so the peak memory of
+    this step does not grow with N beyond the hidden states.
+
+    The head is the model's own forward with the backbone's output put in, so biases, tied weights, soft-capping (Gemma
+    2) and logit scales (Cohere, Granite) are right by construction. All of it happens inside one call of `model`, so
+    the hooks of whatever wraps it (PEFT, DDP, FSDP2, DeepSpeed) run as usual.
+
+    Args:
+        model: a Hugging Face causal language model, or a wrapper that contains one.
+        batch: from `pack`, on the model's device.
+        temperature: the sampling temperature; logits are divided by it.
+        chunk_size: tokens whose logits exist at the same time.
+        entropy: also compute the entropy of each distribution.
+
+    Raises:
+        ValueError: `temperature` or `chunk_size` is not positive, or prompts are shared in `batch` and the model
+            cannot take that (see `shared_prompt_problem`).
+        TypeError: `model` contains no Hugging Face causal language model.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r}: must be above 0 (greedy decoding has no log-probabilities)")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
+    causal_lm = find_causal_lm(model)
+    _check_layout(causal_lm, batch)
+    backbone, own_forward = causal_lm.base_model, causal_lm.forward
+
+    def forward(**inputs: Any) -> LogProbs:
+        output = backbone(**{name: value for name, value in inputs.items() if value is not None})
+
+        def head(hidden_NH: Tensor) -> Tensor:
+            # The other fields (a mixture of experts' router logits) stay, because the model's forward may read them.
+            rest = {**output, "last_hidden_state": hidden_NH[None]}
+            with _replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest)):
+                return own_forward().logits[0]
+
+        hidden_NH = output.last_hidden_state[batch.row, batch.column]
+        return _chunked(head, hidden_NH, batch.target, temperature, chunk_size, entropy)
+
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
+    if batch.shared:  # right-padded rows have the positions that every model assumes by itself
+        inputs["position_ids"] = batch.position_ids
+    with _replaced_forward(causal_lm, forward):
+        return model(**inputs)
+
+
+def find_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face causal language model that `model` is or wraps.
+
+    Raises:
+        TypeError: there is none.
+    """
+    pretrained = import_extra("transformers", "demo").PreTrainedModel
+    found = next((module for module in model.modules() if isinstance(module, pretrained)), None)
+    if found is None or found.base_model is found or found.get_output_embeddings() is None:
+        raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
+    return found
+
+
+def shared_prompt_problem(model: nn.Module) -> str | None:
+    """Why `model` cannot score completions that share a prompt within a row, or None if it can.
+
+    Ask once, when the model is known, and pack with ``share_prompts=False`` if there is a problem.
+    """
+    causal_lm = find_causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    name = type(causal_lm).__name__
+    if causal_lm.config._attn_implementation not in ("sdpa", "eager"):
+        return f"attn_implementation={causal_lm.config._attn_implementation!r} takes no dense mask; use 'sdpa'"
+    if getattr(causal_lm, "_is_stateful", False) or not kinds <= {
+        "full_attention",
+        "sliding_attention",
+        "chunked_attention",
+    }:
+        return f"{name} has recurrent layers, which read a row from left to right and ignore the mask"
+    if "position_ids" not in inspect.signature(causal_lm.base_model.forward).parameters:
+        return f"{name} takes no position ids, so those of a second completion would be wrong"
+    return None
+
+
+def _check_layout(causal_lm: PreTrainedModel, batch: PackedBatch) -> None:
+    fix = "; pack with share_prompts=False"
+    if not batch.shared:
+        return
+    if (problem := shared_prompt_problem(causal_lm)) is not None:
+        raise ValueError(problem + fix)
+    config = causal_lm.config.get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        # A dense mask replaces the model's own, so a window would be ignored without a word.
+        if window is not None and int(batch.position_ids.max()) >= window:
+            raise ValueError(f"the model attends to {name}={window} tokens, which is shorter than a completion" + fix)
+
+
+def _chunked(
+    head: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    target_N: Tensor,
+    temperature: float,
+    chunk_size: int,
+    entropy: bool,
+) -> LogProbs:
+    def score(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits_CV = head(hidden_CH)
+        # A log-softmax in bfloat16 is off by up to 0.08.
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if temperature != 1:
+            logits_CV = logits_CV / temperature
+        norm_C = logits_CV.logsumexp(-1)
+        logprobs_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - norm_C
+        with torch.no_grad():
+            entropy_C = torch.special.entr((logits_CV - norm_C[:, None]).exp_()).sum(-1) if entropy else None
+        return logprobs_C, entropy_C
+
+    logprobs, entropies = [], []
+    for hidden_CH, target_C in zip(hidden_NH.split(chunk_size), target_N.split(chunk_size), strict=True):
+        if torch.is_grad_enabled():
+            # The head draws no random numbers, so its state need not be kept for the second run.
+            result = checkpoint(score, hidden_CH, target_C, use_reentrant=False, preserve_rng_state=False)
+        else:
+            result = score(hidden_CH, target_C)
+        logprobs.append(result[0])
+        entropies.append(result[1])
+    return LogProbs(torch.cat(logprobs), torch.cat(entropies) if entropy else None)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` runs `forward` in place of its own; its hooks stay."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
