@@ -21,6 +21,7 @@ from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.experience.packing import pack, unpack
 from lightrft_lightning.experience.trajectory import Prompt, SamplingParams, Trajectory
+from lightrft_lightning.metrics import combine_passes, mean_over_steps, reward_metrics
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
@@ -201,7 +202,7 @@ class RLHFModule(pl.LightningModule):
             )
             for chosen in self._minibatches(trajectories)
         ]
-        return _mean_metrics(collected)
+        return mean_over_steps(collected)
 
     def _optimizer_step(
         self, minibatch: list[Trajectory], old: list[Tensor] | None, reference: list[Tensor] | None
@@ -237,7 +238,7 @@ class RLHFModule(pl.LightningModule):
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
             self._step(loss, len(batches))
             passes.append({"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}})
-        return _combine_passes(passes)
+        return combine_passes(passes)
 
     def _step(self, loss: Tensor, passes: int) -> None:
         """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
@@ -308,13 +309,7 @@ class RLHFModule(pl.LightningModule):
         sampling = dataclasses.replace(self.val_sampling, seed=derive_seed(self.seed, batch_idx))
         trajectories = self.rollout(batch, sampling)
         self.rewards.score(trajectories)
-        rewards = [t.reward for t in trajectories if t.reward is not None]
-        values = {"length": _mean([len(t.completion.token_ids) for t in trajectories])}
-        if rewards:
-            values["reward"] = _mean(rewards)
-        for name in trajectories[0].reward_parts if trajectories else ():
-            values[f"reward/{name}"] = _mean([t.reward_parts[name] for t in trajectories if name in t.reward_parts])
-        metrics = {f"{stage}/{name}": value for name, value in values.items()}
+        metrics = {f"{stage}/{name}": value for name, value in reward_metrics(trajectories).items()}
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(trajectories), sync_dist=True)
 
     # ---------------------------------------------------------------- set-up
@@ -522,60 +517,33 @@ class RLHFModule(pl.LightningModule):
         trajectories: Sequence[Trajectory],
         usable: Sequence[Trajectory],
         report: RewardReport,
-        metrics: Mapping[str, float],
+        update: Mapping[str, float],
         times: tuple[float, float, float, float],
     ) -> None:
         start, sampled, scored, end = times
-        lengths = [len(t.completion.token_ids) for t in trajectories]
-        rewards = torch.tensor([t.reward for t in trajectories if t.reward is not None])
-        values = {f"train/{name}": value for name, value in metrics.items()}
-        if len(rewards):
-            values["train/reward"] = float(rewards.mean())
-            values["train/reward_std"] = float(rewards.std(correction=0))
-        for name in sorted({name for t in trajectories for name in t.reward_parts}):
-            values[f"train/reward/{name}"] = _mean(
-                [t.reward_parts[name] for t in trajectories if name in t.reward_parts]
-            )
-        values |= {
-            "train/length": _mean(lengths),
-            "train/finished": _mean([t.completion.finish_reason != "length" for t in trajectories]),
-            "train/failed_rewards": float(report.failed),
-            "train/groups_with_signal": float(len({t.group for t in usable if any(t.advantages)})),
-            "train/policy_version": float(self.rollout_engine.version),
-            "train/skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
-            "time/rollout": sampled - start,
-            "time/rewards": scored - sampled,
-            "time/update": end - scored,
-            "time/tokens_per_second": sum(lengths) / max(end - start, 1e-9),
+        train = {
+            **update,
+            **reward_metrics(trajectories),
+            "failed_rewards": float(report.failed),
+            "groups_with_signal": float(len({t.group for t in usable if any(t.advantages)})),
+            "policy_version": float(self.rollout_engine.version),
+            "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
-        if metrics:
-            values["train/grad_norm"] = self.strategy.grad_norms.get("actor", float("nan"))
+        if update:
+            train["grad_norm"] = self.strategy.grad_norms["actor"]
+        tokens = sum(len(t.completion.token_ids) for t in trajectories)
+        timing = {
+            "rollout": sampled - start,
+            "rewards": scored - sampled,
+            "update": end - scored,
+            "tokens_per_second": tokens / (end - start),
+        }
+        values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(trajectories))
 
 
 def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
     return value if isinstance(value, SamplingParams) else SamplingParams(**value)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
-
-
-def _combine_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of one optimizer step: shares of the loss and the KL add up, maxima stay maxima, the rest is averaged."""
-    combined: dict[str, float] = {}
-    for name in passes[0] if passes else ():
-        values = [p[name] for p in passes]
-        if name in ("loss", "kl"):
-            combined[name] = sum(values)
-        else:
-            combined[name] = max(values) if name.endswith("max") else _mean(values)
-    return combined
-
-
-def _mean_metrics(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = {name for step in steps for name in step}
-    return {name: _mean([step[name] for step in steps if name in step]) for name in sorted(names)}
 
 
 def _drop_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
