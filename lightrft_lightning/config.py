@@ -121,7 +121,7 @@ class StrategyConfig:
             if name not in names:
                 raise TypeError(unknown_name("StrategyConfig field", name, names))
         self = object.__new__(cls)
-        # Some defaults depend on whether the user said anything (batch sizes, bf16 on a CPU), so remember what was said.
+        # Some defaults depend on whether the user said anything (batch sizes, bf16 on a CPU): remember what was said.
         object.__setattr__(self, "_explicit", frozenset(names[: len(args)]) | frozenset(kwargs))
         object.__setattr__(self, "_extra", {})
         object.__setattr__(self, "args", self)

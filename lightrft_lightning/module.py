@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DEFAULT_SAMPLING = SamplingParams(n=8)
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -77,7 +78,7 @@ class RLHFModule(pl.LightningModule):
         model: Any = None,
         rewards: Any = None,
         tokenizer: Any = None,
-        sampling: SamplingParams = SamplingParams(n=8),
+        sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
         advantage_estimator: str = "group_norm",
         policy_loss: str = "ppo",

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,11 +28,10 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.strategies import checkpoint
+from lightrft_lightning.strategies.inference import InferenceEngines
 
 if TYPE_CHECKING:
     from lightrft_lightning.data import ResumableDataLoader
-    from lightrft_lightning.engines.base import RolloutEngine
-    from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class _Trained:
     frozen: tuple[nn.Parameter, ...] = ()
 
 
-class StrategyBase(Strategy):
+class StrategyBase(InferenceEngines, Strategy):
     """LightRFT's strategy interface; by itself a complete back end for one process.
 
     The same object serves a hand-written loop and ``Trainer(strategy=...)``. Subclass it and call
@@ -83,7 +82,6 @@ class StrategyBase(Strategy):
         self.config = self._checked_config(base.replace(**fields) if fields else base)
         self.args = args if args is not None else self.config.args  # type: ignore[attr-defined]
         super().__init__(**parent)
-        self.inference_engine: RolloutEngine | None = None
         self.grad_norms: dict[str, float] = {}
         """Gradient norm before clipping of the latest step, by the `name` given to `optimizer_step`."""
         self.skipped_steps: dict[str, int] = {}
@@ -569,97 +567,6 @@ class StrategyBase(Strategy):
         """Move the model back to the device."""
         model.to(self.root_device)
 
-    # ---------------------------------------------------------------- inference engines
-
-    def setup_inference_engine(
-        self, config: Any = None, engine_type: str | None = None, actor: nn.Module | None = None, tokenizer: Any = None
-    ) -> RolloutEngine:
-        """Build the engine that generates, and keep it as `inference_engine`.
-
-        Args:
-            config: as in `StrategyConfig.from_args`; default: the strategy's own.
-            engine_type: default `config.engine_type`.
-            actor: the model that the engine generates with.
-            tokenizer: its tokenizer; default: the one of the folder that the actor was loaded from.
-
-        Raises:
-            ValueError: an unknown engine, or no actor.
-            RuntimeError: an engine that this release does not have.
-        """
-        from lightrft_lightning.engines import create_engine
-
-        settings = self.config if config is None else StrategyConfig.from_args(config)
-        self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer)
-        return self.inference_engine
-
-    def engines_sleep(self, engines: RolloutEngine | Iterable[RolloutEngine], level: int = 1) -> None:
-        """Let engines give their device memory back; idempotent."""
-        for engine in _as_list(engines):
-            engine.sleep(level)
-
-    def engines_wake_up(self, engines: RolloutEngine | Iterable[RolloutEngine]) -> None:
-        """Undo `engines_sleep`; idempotent."""
-        for engine in _as_list(engines):
-            engine.wake_up()
-
-    def maybe_sleep_inference_engine(self) -> None:
-        """`engines_sleep` of the strategy's own engine, if it has one and `enable_engine_sleep` is set."""
-        if self.inference_engine is not None and self.config.enable_engine_sleep:
-            self.engines_sleep(self.inference_engine)
-
-    def wakeup_inference_engine(self) -> None:
-        """`engines_wake_up` of the strategy's own engine, if it has one."""
-        if self.inference_engine is not None:
-            self.engines_wake_up(self.inference_engine)
-
-    def gather_and_generate(
-        self,
-        sampling_params: SamplingParams | Mapping[str, Any],
-        all_prompt_token_ids: Sequence[Sequence[int]] | None = None,
-        all_prompts: Sequence[str] | None = None,
-        all_images: Sequence[Any] | None = None,
-        sleep_engine: bool = True,
-    ) -> list[list[Completion]]:
-        """Generate for this rank's prompts with the strategy's engine.
-
-        Args:
-            sampling_params: `SamplingParams`, or a mapping with its fields.
-            all_prompt_token_ids: prompts as token ids, ragged; or
-            all_prompts: prompts as text, tokenised by the engine's tokenizer.
-            all_images: images of each prompt; refused by engines of text models.
-            sleep_engine: let the engine sleep afterwards if `enable_engine_sleep` is set.
-
-        Returns:
-            For each prompt, in order, its completions: token ids, log-probabilities and finish reason.
-        """
-        from lightrft_lightning.experience.trajectory import SamplingParams
-
-        engine = self._engine()
-        if all_images is not None:
-            raise ValueError(f"all_images: {type(engine).__name__} generates from text only")
-        if (all_prompt_token_ids is None) == (all_prompts is None):
-            raise ValueError("give exactly one of all_prompt_token_ids and all_prompts")
-        if all_prompt_token_ids is None:
-            assert all_prompts is not None
-            all_prompt_token_ids = engine.tokenize(all_prompts)
-        if not isinstance(sampling_params, SamplingParams):
-            sampling_params = SamplingParams(**sampling_params)
-        self.wakeup_inference_engine()
-        completions = engine.generate(all_prompt_token_ids, sampling_params)
-        if sleep_engine:
-            self.maybe_sleep_inference_engine()
-        return completions
-
-    def update_engine_weights(self, actor: nn.Module) -> None:
-        """Give the engine the actor's current weights and advance its version."""
-        engine = self._engine()
-        engine.update_weights(actor.named_parameters(), engine.version + 1)
-
-    def _engine(self) -> RolloutEngine:
-        if self.inference_engine is None:
-            raise RuntimeError("no inference engine: call setup_inference_engine(...) first")
-        return self.inference_engine
-
 
 def _decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters with and without weight decay: vectors are biases and norm weights."""
@@ -672,10 +579,6 @@ def _state_to(optimizer: Optimizer, device: torch.device) -> None:
         for key, value in state.items():
             if isinstance(value, Tensor) and (key != "step" or value.device.type != "cpu"):
                 state[key] = value.to(device)
-
-
-def _as_list(engines: Any) -> Iterator[Any]:
-    return iter(engines) if isinstance(engines, Iterable) else iter((engines,))
 
 
 def _resident_bytes() -> int:
