@@ -1,0 +1,571 @@
+"""Prompts for training: where they come from, how they are rendered and tokenised, and in which order they are seen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
+
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning.experience.trajectory import Prompt
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+# -------------------------------------------------------------------------------------------------- order and position
+
+
+class ResumableSampler(DistributedSampler):
+    """A distributed sampler whose first epoch can start in the middle.
+
+    The order of an epoch is a permutation that depends on `seed` and the epoch alone, not on the number of ranks, and
+    the position is a number of samples over all ranks. So a run can continue at another world size: what is left of
+    the epoch is dealt out anew. It is a `DistributedSampler` because Lightning replaces any other kind.
+
+    Args:
+        dataset: anything with a length.
+        num_replicas: number of ranks that share the data.
+        rank: this rank.
+        shuffle: a new order every epoch (call `set_epoch`); False keeps the order of the data set.
+        seed: fixes the orders.
+        drop_last: leave out the samples that do not fill all ranks; False repeats some instead.
+        consumed_samples: samples of the first epoch, over all ranks, to leave out. Later epochs start at 0.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        consumed_samples: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        self.consumed_samples = consumed_samples
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        start, self.consumed_samples = self.consumed_samples, 0
+        order = self._order()
+        rest = order[start:]
+        if self.drop_last:
+            rest = rest[: len(rest) // self.num_replicas * self.num_replicas]
+        else:
+            missing = -len(rest) % self.num_replicas
+            rest += (order * (missing // max(len(order), 1) + 1))[:missing]
+        return iter(rest[self.rank :: self.num_replicas])
+
+    def _order(self) -> list[int]:
+        size = len(self.dataset)  # type: ignore[arg-type]
+        if not self.shuffle:
+            return list(range(size))
+        # Not seed + epoch as in the parent class: the next seed would see the same orders, one epoch earlier.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, self.epoch))
+        return torch.randperm(size, generator=generator).tolist()
+
+
+class ResumableDataLoader(DataLoader):
+    """A `DataLoader` that knows its position; Lightning keeps it in checkpoints through the two state methods.
+
+    Build it with `make_dataloader`. Batches count when they are handed out, not when the sampler names them, so workers
+    that run ahead cannot skew the position. `len()` is the number of batches of a full epoch, also in a partial one.
+    Where nobody calls `set_epoch`, the epoch advances at the end of a pass.
+    """
+
+    # Class attributes in place of an own `__init__`: Lightning rebuilds loaders from the arguments of `__init__`.
+    _epoch = 0
+    _consumed = 0
+    _resume_epoch: int | None = None
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and how many of its samples over all ranks were handed out."""
+        if self._consumed and self._consumed >= self.samples_per_epoch:
+            return {"epoch": self._epoch + 1, "consumed_samples": 0}
+        return {"epoch": self._epoch, "consumed_samples": self._consumed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue there, if the next pass is one over that epoch. The world size may have changed since."""
+        self._resume_epoch = state["epoch"]
+        self._start_at(state["epoch"], state["consumed_samples"])
+
+    def skip(self, consumed_samples: int) -> None:
+        """Leave out the first `consumed_samples` (over all ranks) of the next pass, whichever epoch it is over."""
+        epochs, rest = divmod(consumed_samples, self.samples_per_epoch)
+        self._start_at(self._epoch + epochs, rest)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that a full epoch hands out, over all ranks."""
+        size, per_rank = self.batch_size or 1, len(self.sampler)  # type: ignore[arg-type]
+        return (per_rank // size * size if self.drop_last else per_rank) * getattr(self.sampler, "num_replicas", 1)
+
+    def _start_at(self, epoch: int, consumed: int) -> None:
+        self._epoch, self._consumed = epoch, consumed
+        if isinstance(self.sampler, ResumableSampler):
+            self.sampler.set_epoch(epoch)
+            self.sampler.consumed_samples = consumed
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: nothing is read before the first batch is asked for. When Lightning resumes, it calls `iter`
+        # before it says which epoch it is.
+        sampler = self.sampler
+        if not isinstance(sampler, ResumableSampler):  # Lightning's own, for `overfit_batches` and `predict`
+            yield from super().__iter__()
+            return
+        if self._resume_epoch not in (None, sampler.epoch):
+            sampler.consumed_samples = 0
+        self._resume_epoch = None
+        self._epoch, self._consumed = sampler.epoch, sampler.consumed_samples
+        step = (self.batch_size or 1) * sampler.num_replicas
+        for batch in super().__iter__():
+            self._consumed = min(self._consumed + step, self.samples_per_epoch)
+            yield batch
+        if sampler.epoch == self._epoch:
+            sampler.set_epoch(self._epoch + 1)
+
+
+class PromptBatch:
+    """The prompts of one batch, in order.
+
+    It can be iterated, indexed and measured like a list, and is deliberately no `collections.abc.Sequence`: Lightning
+    walks through sequences to move and cast the tensors in them, and refuses frozen dataclasses such as `Prompt`.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt]) -> None:
+        self._prompts = tuple(prompts)
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+    def __repr__(self) -> str:
+        return f"PromptBatch({list(self._prompts)!r})"
+
+
+def collate(samples: list[Any]) -> Any:
+    """Prompts become a `PromptBatch`, anything else what torch's default makes of it."""
+    return PromptBatch(samples) if isinstance(samples[0], Prompt) else default_collate(samples)
+
+
+def make_dataloader(
+    dataset: Dataset[Any] | Sequence[Any],
+    batch_size: int,
+    *,
+    num_replicas: int = 1,
+    rank: int = 0,
+    shuffle: bool = True,
+    seed: int = 42,
+    drop_last: bool = True,
+    consumed_samples: int = 0,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    **kwargs: Any,
+) -> ResumableDataLoader:
+    """A loader that gives each rank its share, reshuffles every epoch and can start in the middle.
+
+    Args:
+        dataset: map-style data set or a list.
+        batch_size: samples of one batch on one rank.
+        num_replicas: number of ranks that share the data.
+        rank: this rank.
+        shuffle: a new order every epoch.
+        seed: fixes the orders.
+        drop_last: leave out what does not fill a batch on every rank.
+        consumed_samples: samples, over all ranks, already seen. From a full epoch on, the loader starts in a later one.
+        num_workers: processes that read ahead.
+        collate_fn: how samples become a batch; default: `collate`.
+        **kwargs: further keywords of `torch.utils.data.DataLoader`.
+
+    Raises:
+        ValueError: the data set is empty or too small for one batch on every rank, or a number is out of range.
+    """
+    size = len(dataset)  # type: ignore[arg-type]
+    if batch_size < 1 or consumed_samples < 0:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, consumed_samples={consumed_samples} at least 0")
+    if size == 0:
+        raise ValueError("the data set is empty")
+    if drop_last and batch_size * num_replicas > size:
+        ranks = f" on each of {num_replicas} ranks" if num_replicas > 1 else ""
+        raise ValueError(
+            f"batch_size={batch_size}{ranks} is more than the {size} samples of the data set: "
+            "make the batch smaller or bring more data"
+        )
+    sampler = ResumableSampler(dataset, num_replicas, rank, shuffle, seed, drop_last)
+    # An own generator: the default would draw a number from torch's global one at every `iter`, and a run that was
+    # stopped and resumed calls `iter` more often than one that was not.
+    kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+    loader = ResumableDataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn or collate,
+        drop_last=drop_last,
+        **kwargs,
+    )
+    loader.skip(consumed_samples)
+    return loader
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def load_rows(source: Any, limit: int | None = None, prompt_column: str = "prompt") -> list[Row]:
+    """The rows of a source as dicts.
+
+    Args:
+        source: path of a .jsonl, .json (a list) or .parquet file or of a folder written by
+            `datasets.Dataset.save_to_disk`; a list of strings, dicts or conversations (lists of ``{role, content}``);
+            a `datasets.Dataset`; or ``{"task": name, **options}``, see `tasks.make_task`.
+        limit: at most so many rows, from the start.
+        prompt_column: the column that strings and conversations are put into.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown kind of file, a broken line (with its number), a row that is none, or no rows at all.
+        TypeError: `source` is none of these.
+    """
+    if isinstance(source, (str, PathLike)):
+        name, rows = str(source), _read_path(Path(source))
+    elif isinstance(source, Mapping):
+        from lightrft_lightning.tasks import make_task
+
+        name, rows = f"task {source.get('task')!r}", iter(make_task(source))
+    elif isinstance(source, Iterable) and not isinstance(source, (bytes, Iterator)):
+        name, rows = type(source).__name__, iter(source)
+    else:
+        raise TypeError(
+            f"prompts come from a path, a list, a datasets.Dataset or {{'task': name}}, got {type(source).__name__}"
+        )
+    result = [_as_row(row, prompt_column, f"{name}: row {i}") for i, row in enumerate(islice(rows, limit))]
+    if not result:
+        raise ValueError(f"{name}: no prompts")
+    return result
+
+
+def _as_row(item: Any, prompt_column: str, where: str) -> Row:
+    if isinstance(item, Mapping):
+        return dict(item)
+    if isinstance(item, str) or _is_conversation(item):
+        return {prompt_column: item}
+    raise ValueError(f"{where} must be a string, a mapping or a list of {{role, content}}, got {_short(item)}")
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
+    )
+
+
+def _read_path(path: Path) -> Iterator[Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {str(path)!r} (looked in {str(Path.cwd())!r})")
+    if path.is_dir():
+        return _read_saved_dataset(path)
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".json":
+        return _read_json(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise ValueError(f"{unknown_name('kind of file', path.suffix, SUFFIXES)} (or a folder), in {str(path)!r}")
+
+
+def _read_saved_dataset(path: Path) -> Iterator[Any]:
+    datasets = import_extra("datasets", "demo")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except FileNotFoundError as err:
+        raise ValueError(f"{str(path)!r} is a folder, but none that datasets.save_to_disk wrote") from err
+    if isinstance(dataset, datasets.DatasetDict):
+        splits = ", ".join(repr(str(path / name)) for name in dataset)
+        raise ValueError(f"{str(path)!r} holds several splits: take one of {splits}")
+    return iter(dataset)
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    # Not through `datasets`: it would first copy the file into its cache folder.
+    parquet = import_extra("pyarrow.parquet", "demo")
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as err:
+        raise ValueError(f"{str(path)!r} is no Parquet file: {err}") from err
+    with file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse_json(line, f"{path}:{number}")
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    rows = _parse_json(path.read_bytes(), str(path))
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must be a list of rows, is {_short(rows)}. One row a line is a .jsonl file")
+    return iter(rows)
+
+
+def _parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"{where}: broken JSON ({err}): {_short(text.decode('utf-8', 'replace').strip())}") from err
+
+
+def _short(value: Any, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+# ----------------------------------------------------------------------------------------------- rendering, data module
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Prompts for `RLHFModule`, rendered and tokenised once.
+
+    Args:
+        train: source of the training prompts, see `load_rows`.
+        val: source of the prompts of `validate` and `test`.
+        predict: source of the prompts of `predict`.
+        batch_size: prompts of one training batch on one rank.
+        val_batch_size: the same for the others; default: `batch_size`.
+        prompt_column: the column with the prompt: text, or a conversation as a list of ``{role, content}``.
+        system_prompt: put before every conversation that has none of its own; needs a chat template.
+        template: makes the prompt from columns in place of `prompt_column`, e.g. ``"What is {a} + {b}?"``.
+        chat_template: render with the tokenizer's chat template; default: if it has one.
+        max_prompt_length: longest prompt in tokens.
+        overlong: ``error``, or ``drop`` the longer prompts and log how many.
+        limit: read at most so many rows of each source.
+        shuffle: a new order of the training prompts every epoch.
+        seed: fixes these orders; default: Lightning's global seed.
+        num_workers: processes that read ahead; there is nothing left to do for them unless the data set is huge.
+        tokenizer: default: the one of the module that is trained.
+
+    Attributes:
+        train_prompts: the training prompts after `setup`; likewise `val_prompts` and `predict_prompts`.
+    """
+
+    def __init__(
+        self,
+        train: Any = None,
+        val: Any = None,
+        predict: Any = None,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        prompt_column: str = "prompt",
+        system_prompt: str | None = None,
+        template: str | None = None,
+        chat_template: bool | None = None,
+        max_prompt_length: int = 1024,
+        overlong: str = "error",
+        limit: int | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        num_workers: int = 0,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": train, "val": val, "predict": predict}
+        self.batch_size = batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        self.prompt_column = prompt_column
+        self.system_prompt = system_prompt
+        self.template = template
+        self.chat_template = chat_template
+        self.max_prompt_length = max_prompt_length
+        self.overlong = overlong
+        self.limit = limit
+        self.shuffle = shuffle
+        self.seed = global_seed() if seed is None else seed
+        self.num_workers = num_workers
+        self.tokenizer = tokenizer
+        self.train_prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] = []
+        self.predict_prompts: list[Prompt] = []
+        self._tokenized_with: dict[str, Any] = {}
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        if self.overlong not in ("error", "drop"):
+            raise ValueError(unknown_name("overlong", self.overlong, ("error", "drop")))
+        for name in ("batch_size", "val_batch_size", "max_prompt_length", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"PromptDataModule({name}={value!r}): must be at least 1")
+        if self.template is not None and not all(name.isidentifier() for name in _template_columns(self.template)):
+            raise ValueError(f"template={self.template!r}: name the columns, e.g. 'What is {{a}} + {{b}}?'")
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read, render and tokenise what `stage` needs; everything that is wrong with the data is raised here."""
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("val",), "predict": ("predict",)}[stage]
+        required = needed[0]
+        if self.sources[required] is None:
+            raise ValueError(f"PromptDataModule has no prompts for {stage!r}: pass {required}=<path or list>")
+        tokenizer = self._find_tokenizer()
+        for name in needed:
+            # Lightning calls `setup` before every fit and validate.
+            if self.sources[name] is not None and self._tokenized_with.get(name) is not tokenizer:
+                setattr(self, f"{name}_prompts", self._load(name, tokenizer))
+                self._tokenized_with[name] = tokenizer
+        if stage == "fit":
+            self.train_dataloader()  # raises if a batch is larger than the data set
+
+    @override
+    def train_dataloader(self) -> ResumableDataLoader:
+        return self._loader(self.train_prompts, self.batch_size, shuffle=self.shuffle, drop_last=True)
+
+    @override
+    def val_dataloader(self) -> Any:
+        return self._loader(self.val_prompts, self.val_batch_size) if self.val_prompts else []
+
+    @override
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+    @override
+    def predict_dataloader(self) -> ResumableDataLoader:
+        return self._loader(self.predict_prompts, self.val_batch_size)
+
+    def _loader(
+        self, prompts: list[Prompt], batch_size: int, shuffle: bool = False, drop_last: bool = False
+    ) -> ResumableDataLoader:
+        # Not world size and rank: under tensor parallelism several ranks see the same data.
+        share = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return make_dataloader(
+            prompts,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            **share,
+        )
+
+    def _find_tokenizer(self) -> Any:
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.trainer is not None:
+            tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("no tokenizer: pass PromptDataModule(tokenizer=...) or train a module that has one")
+        return tokenizer
+
+    def _load(self, name: str, tokenizer: Any) -> list[Prompt]:
+        rows = load_rows(self.sources[name], self.limit, self.prompt_column)
+        use_template = self._use_chat_template(tokenizer, name)
+        texts = [self._render(row, tokenizer, use_template, f"{name}: row {i}") for i, row in enumerate(rows)]
+        # A rendered chat template brings its own special tokens.
+        ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
+        hidden = None if self.template is not None else self.prompt_column
+        prompts = [
+            Prompt(tuple(tokens), text, {k: v for k, v in row.items() if k != hidden})
+            for tokens, text, row in zip(ids, texts, rows, strict=True)
+        ]
+        return self._check_lengths(prompts, name)
+
+    def _use_chat_template(self, tokenizer: Any, name: str) -> bool:
+        available = getattr(tokenizer, "chat_template", None) is not None
+        if self.chat_template and not available:
+            raise ValueError("chat_template=True, but the tokenizer has no chat template")
+        use = available if self.chat_template is None else self.chat_template
+        if self.system_prompt is not None and not use:
+            why = "chat_template=False" if available else "the tokenizer has none"
+            raise ValueError(f"system_prompt={_short(self.system_prompt)} needs a chat template, and {why}")
+        return use
+
+    def _render(self, row: Row, tokenizer: Any, use_template: bool, where: str) -> str:
+        """The text of one row, ready for the tokenizer."""
+        content = self._content(row, where)
+        if not isinstance(content, str) and not use_template:
+            raise ValueError(f"{where} is a conversation, which needs a tokenizer with a chat template")
+        text = self._apply_chat_template(content, tokenizer, where) if use_template else content
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            raise ValueError(f"{where} is not valid Unicode ({err.reason} at {err.start}): {_short(text)}") from err
+        return text
+
+    def _content(self, row: Row, where: str) -> Any:
+        columns = [self.prompt_column] if self.template is None else _template_columns(self.template)
+        for column in columns:
+            if column not in row:
+                raise ValueError(f"{where}: {unknown_name('column', column, map(str, row))}")
+        if self.template is not None:
+            try:
+                return self.template.format_map(row)
+            except (LookupError, ValueError, AttributeError, TypeError) as err:
+                raise ValueError(f"{where}: template={self.template!r} does not fit {_short(row)}: {err}") from err
+        content = row[self.prompt_column]
+        if not isinstance(content, str) and not _is_conversation(content):
+            raise ValueError(
+                f"{where}: column {self.prompt_column!r} must be text or a list of {{role, content}}, "
+                f"is {_short(content)}"
+            )
+        return content
+
+    def _apply_chat_template(self, content: Any, tokenizer: Any, where: str) -> str:
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as err:  # whatever the template's author raises, e.g. for a role it does not know
+            raise ValueError(f"{where}: the chat template refuses {_short(messages)}: {err}") from err
+
+    def _check_lengths(self, prompts: list[Prompt], name: str) -> list[Prompt]:
+        for i, prompt in enumerate(prompts):
+            if not prompt.token_ids:
+                raise ValueError(f"{name}: prompt {i} is empty")
+        fitting = [p for p in prompts if len(p.token_ids) <= self.max_prompt_length]
+        overlong = len(prompts) - len(fitting)
+        if overlong and (self.overlong == "error" or not fitting):
+            i, prompt = next((i, p) for i, p in enumerate(prompts) if len(p.token_ids) > self.max_prompt_length)
+            raise ValueError(
+                f"{name}: prompt {i} has {len(prompt.token_ids)} tokens, max_prompt_length={self.max_prompt_length} "
+                f"({overlong} of {len(prompts)} are too long): {_short(prompt.text)}. "
+                "Raise the limit, or leave them out with overlong='drop'"
+            )
+        if overlong:
+            log.warning(
+                "%s: dropped %d of %d prompts that are longer than max_prompt_length=%d tokens",
+                name, overlong, len(prompts), self.max_prompt_length,
+            )  # fmt: skip
+        return fitting
+
+
+def _template_columns(template: str) -> list[str]:
+    """Names of the columns in a format string; ``"{a[0]} {b.c}"`` uses ``a`` and ``b``."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as err:
+        raise ValueError(f"template={template!r} is no format string: {err}") from err
+    return [name.replace("[", ".").split(".")[0] for name in names]
