@@ -1,0 +1,400 @@
+"""`RLHFModule` inside a real Trainer, on a from-scratch model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+
+from lightrft_lightning import (
+    CheckpointError,
+    PromptDataModule,
+    RLHFModule,
+    SamplingParams,
+    StrategyConfig,
+    TransformersRollout,
+)
+from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+
+PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
+
+
+def even_digits(completion: str) -> float:
+    """Rewards that differ within nearly every group, so that every iteration has a gradient."""
+    return sum(c in "02468" for c in completion) - 0.1 * len(completion)
+
+
+def make_module(**settings):
+    dropout = settings.pop("dropout", 0.0)
+    model = settings.pop("model", None) or tiny_llama(seed=settings.pop("model_seed", 0), width=32, layers=2)
+    model.config.attention_dropout = dropout
+    defaults = {
+        "rewards": even_digits,
+        "tokenizer": char_tokenizer("0123456789+= "),
+        "sampling": SamplingParams(n=4, max_new_tokens=6),
+        "lr": 1e-3,
+        "seed": 3,
+    }
+    return RLHFModule(model, **{**defaults, **settings})
+
+
+def make_trainer(path: Path, **settings):
+    callbacks = [TransformersRollout(), *settings.pop("callbacks", [])]
+    defaults = {
+        "strategy": "lightrft_fake",
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": path,
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(callbacks=callbacks, **{**defaults, **settings})
+
+
+def make_data(**settings):
+    return PromptDataModule(**{"train": PROMPTS, "val": PROMPTS[:4], "batch_size": 4, "seed": 1, **settings})
+
+
+def weights_of(module):
+    return {name: p.detach().clone() for name, p in module.actor.named_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Record(pl.Callback):
+    """Remembers what every iteration logged and sampled."""
+
+    def __init__(self):
+        self.metrics, self.tokens = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.metrics.append({k: float(v) for k, v in trainer.logged_metrics.items()})
+        self.tokens.append([t.completion.token_ids for t in pl_module.last_trajectories])
+
+
+def test_one_epoch_trains_and_logs(tmp_path):
+    module, record = make_module(), Record()
+    before = None
+    trainer = make_trainer(tmp_path, callbacks=[record], logger=CSVLogger(tmp_path))
+    module.configure_model()
+    before = weights_of(module)
+    trainer.fit(module, make_data())
+    assert any(not torch.equal(before[n], p) for n, p in weights_of(module).items())
+    assert trainer.global_step == 4
+    first = record.metrics[0]
+    for name in (
+        "train/reward", "train/reward_std", "train/length", "train/finished", "train/loss", "train/grad_norm",
+        "train/clip_fraction", "train/mismatch_max", "train/groups_with_signal", "time/rollout", "time/update",
+        "time/tokens_per_second", "train/policy_version",
+    ):  # fmt: skip
+        assert name in first, name
+        assert math.isfinite(first[name]), name
+    # The engine and the trainer compute the same distribution.
+    assert all(m["train/mismatch_max"] < 1e-4 for m in record.metrics)
+    assert [m["train/policy_version"] for m in record.metrics] == [0, 1, 2, 3]
+    assert "val/reward" in trainer.callback_metrics
+
+
+def test_reward_rises(tmp_path):
+    module, record = make_module(lr=3e-3, sampling=SamplingParams(n=8, max_new_tokens=6)), Record()
+    trainer = make_trainer(tmp_path, callbacks=[record], max_epochs=8, limit_val_batches=0)
+    trainer.fit(module, make_data(batch_size=8))
+    rewards = [m["train/reward"] for m in record.metrics]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
+
+
+def fit(path, module, max_epochs, ckpt_path=None, **trainer_settings):
+    record = Record()
+    checkpoint = ModelCheckpoint(path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    trainer = make_trainer(path, callbacks=[record, checkpoint], max_epochs=max_epochs, **trainer_settings)
+    trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+    return record, trainer
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6], ids=["mid-epoch", "epoch-end", "second-epoch"])
+def test_resume_is_bit_for_bit(tmp_path, stop):
+    """Weights, moments, schedule, random state (dropout), data order and engine version all come back."""
+    settings = {"dropout": 0.2, "lr_schedule": "cosine", "warmup_ratio": 0.2, "steps_per_epoch": 2, "kl_coef": 0.01}
+    straight = make_module(**settings)
+    whole, trainer = fit(tmp_path / "a", straight, 2)
+    torch.manual_seed(99)
+    first, _ = fit(tmp_path / "b", make_module(**settings), 2, limit_train_batches=4, max_steps=2 * stop)
+    resumed = make_module(**settings)
+    torch.manual_seed(7)
+    rest, resumed_trainer = fit(tmp_path / "b", resumed, 2, ckpt_path="last")
+    assert len(first.tokens) == stop
+    assert first.tokens + rest.tokens == whole.tokens
+    assert_same(weights_of(straight), weights_of(resumed))
+    for a, b in zip(whole.metrics, first.metrics + rest.metrics, strict=True):
+        same = {k: v for k, v in a.items() if not k.startswith(("time/", "val/"))}
+        assert same == {k: b[k] for k in same}
+    state, other = (t.optimizers[0].state_dict()["state"] for t in (trainer, resumed_trainer))
+    assert all(torch.equal(state[i][k], other[i][k]) for i in state for k in state[i])
+    assert trainer.global_step == resumed_trainer.global_step
+    assert trainer.callbacks[0].version == resumed_trainer.callbacks[0].version == 8
+
+
+def test_update_does_not_depend_on_the_token_budget_or_the_layout(tmp_path):
+    results = []
+    for settings in ({}, {"token_budget": 12}, {"share_prompts": False}, {"token_budget": 40}):
+        module = make_module(kl_coef=0.1, steps_per_epoch=2, epochs_per_rollout=2, **settings)
+        make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+        results.append(weights_of(module))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=2e-6)
+
+
+def test_several_steps_and_epochs_per_rollout(tmp_path):
+    module, record = make_module(steps_per_epoch=2, epochs_per_rollout=3), Record()
+    trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(module, make_data())
+    assert trainer.global_step == 2 * 2 * 3
+    assert module.iteration == 2
+    assert record.metrics[0]["train/ratio_max"] > 1.0  # later steps of a rollout are off-policy
+
+
+def test_reference_exists_only_with_a_kl_term(tmp_path):
+    off, on = make_module(), make_module(kl_coef=0.5)
+    off.configure_model()
+    on.configure_model()
+    assert off.reference is None
+    assert not any(p.requires_grad for p in on.reference.parameters())
+    start = copy.deepcopy(on.reference.state_dict())
+    record = Record()
+    trainer = make_trainer(tmp_path, callbacks=[record], limit_val_batches=0)
+    trainer.fit(on, make_data())
+    assert record.metrics[0]["train/kl"] == pytest.approx(0, abs=1e-6)
+    assert record.metrics[-1]["train/kl"] > 0
+    assert all(torch.equal(start[k], v) for k, v in on.reference.state_dict().items())
+    assert not any(k.startswith("reference.") for k in on.state_dict())
+
+
+def test_strong_kl_keeps_the_policy_near_the_start(tmp_path):
+    moved = []
+    for kl_coef in (0.001, 20.0):
+        module, record = make_module(kl_coef=kl_coef, lr=3e-3), Record()
+        make_trainer(tmp_path, callbacks=[record], max_epochs=3, limit_val_batches=0).fit(module, make_data())
+        moved.append(record.metrics[-1]["train/kl"])
+    assert moved[1] < moved[0] / 4
+
+
+# ---------------------------------------------------------------- what a batch may hold
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [lambda completion: float("nan"), lambda completion: 0.7, lambda completion: 1 / 0],
+    ids=["nan", "all-equal", "raises"],
+)
+def test_a_batch_without_signal_is_survived_and_logged(tmp_path, reward, caplog):
+    module, record = make_module(rewards=reward), Record()
+    module.configure_model()
+    before = weights_of(module)
+    trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0)
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(module, make_data())
+    assert_same(before, weights_of(module))
+    assert len(record.metrics) == 2
+    assert record.metrics[0]["train/groups_with_signal"] == 0
+    assert "no update" in caplog.text
+
+
+def test_one_failing_reward_costs_one_sample(tmp_path):
+    calls = []
+
+    def reward(completion):
+        calls.append(completion)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+        return even_digits(completion)
+
+    module, record = make_module(rewards=reward), Record()
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+    assert record.metrics[0]["train/failed_rewards"] == 1
+    assert sum(t.reward is None for t in module.last_trajectories) == 1
+    assert record.metrics[0]["train/grad_norm"] > 0
+
+
+def test_completions_of_only_an_end_token_are_survived(tmp_path):
+    model = tiny_llama(seed=0, width=32, layers=2)
+    tokenizer = char_tokenizer("0123456789+= ")
+    hook = model.lm_head.register_forward_hook(  # makes the end token nearly certain
+        lambda module, args, output: output + 50.0 * torch.nn.functional.one_hot(
+            torch.tensor(tokenizer.eos_token_id), output.shape[-1]
+        )
+    )  # fmt: skip
+    module, record = make_module(model=model, tokenizer=tokenizer), Record()
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+    hook.remove()
+    assert record.metrics[0]["train/length"] == 1
+    assert all(t.text == "" for t in module.last_trajectories)
+
+
+# ---------------------------------------------------------------- Lightning's own features
+
+
+def test_lightning_callbacks_work(tmp_path):
+    callbacks = [
+        ModelCheckpoint(tmp_path / "ckpt", monitor="val/reward", mode="max", save_top_k=1),
+        EarlyStopping("val/reward", mode="max", patience=0, min_delta=1e6),
+        LearningRateMonitor(),
+    ]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, max_epochs=9, logger=CSVLogger(tmp_path))
+    trainer.fit(make_module(lr_schedule="linear", warmup_ratio=0.1), make_data())
+    assert trainer.current_epoch == 2  # nothing beats a minimal improvement of a million
+    assert Path(callbacks[0].best_model_path).is_file()
+    trainer.logger.save()
+    table = (Path(trainer.logger.log_dir) / "metrics.csv").read_text()
+    assert "lr-AdamW" in table.splitlines()[0]
+    assert "train/reward" in table.splitlines()[0]
+
+
+def test_weight_averaging(tmp_path):
+    averaging = WeightAveraging(avg_fn=lambda average, value, count: 0.9 * average + 0.1 * value)
+    module = make_module()
+    make_trainer(tmp_path, callbacks=[averaging]).fit(module, make_data())
+    plain = make_module()
+    make_trainer(tmp_path).fit(plain, make_data())
+    differs = [not torch.equal(a, weights_of(plain)[n]) for n, a in weights_of(module).items()]
+    assert any(differs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "iterations"),
+    [
+        ({"limit_train_batches": 2}, 2),
+        ({"fast_dev_run": True}, 1),
+        ({"max_steps": 3, "max_epochs": -1}, 3),
+        ({"max_time": "00:00:00:00", "max_epochs": -1}, 1),
+    ],
+    ids=["limit_train_batches", "fast_dev_run", "max_steps", "max_time"],
+)
+def test_trainer_limits(tmp_path, settings, iterations):
+    module = make_module()
+    make_trainer(tmp_path, **settings).fit(module, make_data())
+    assert module.iteration == iterations
+
+
+def test_validate_test_and_predict_without_fit(tmp_path):
+    module, data = make_module(), make_data(predict=["1+1=", "2+3="])
+    trainer = make_trainer(tmp_path)
+    (metrics,) = trainer.validate(module, data)
+    assert metrics["val/length"] <= 6
+    assert trainer.validate(module, data) == [metrics]  # greedy, so the same again
+    (tested,) = trainer.test(module, make_data(), verbose=False) if hasattr(data, "test_dataloader") else [metrics]
+    assert set(tested)
+    (predictions,) = trainer.predict(module, data)
+    assert [p["prompt"] for p in predictions] == ["1+1=", "2+3="]
+    assert all(p["finish_reason"] in ("eos", "length") for p in predictions)
+
+
+def test_validation_leaves_training_untouched(tmp_path):
+    tokens = []
+    for limit in (0, 1.0):
+        record = Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_val_batches=limit, val_check_interval=1)
+        trainer.fit(make_module(dropout=0.2), make_data())
+        tokens.append(record.tokens)
+    assert tokens[0] == tokens[1]
+
+
+def test_load_from_checkpoint(tmp_path):
+    module = make_module()
+    fit(tmp_path, module, 1)
+    loaded = RLHFModule.load_from_checkpoint(
+        tmp_path / "last.ckpt",
+        model=tiny_llama(seed=5, width=32, layers=2),
+        rewards=even_digits,
+        tokenizer=char_tokenizer("0123456789+= "),
+    )
+    assert_same(weights_of(module), weights_of(loaded))
+    assert loaded.sampling == module.sampling
+
+
+# ---------------------------------------------------------------- errors before work starts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantage_estimator": "group_nrm"}, "'group_nrm'.*Did you mean 'group_norm'"),
+        ({"policy_loss": "pppo"}, "'pppo'.*Did you mean 'ppo'"),
+        ({"policy_loss_options": {"clip_hi": 0.3}}, "'clip_hi'.*Did you mean 'clip_high'"),
+        ({"aggregation": "token_men"}, "'token_men'.*'token_mean'"),
+        ({"kl_estimator": "k4"}, "'k4'"),
+        ({"lr_schedule": "cosin"}, "'cosin'.*'cosine'"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch=0"),
+        ({"sampling": SamplingParams(n=1)}, "sampling.n=1 must be at least 2"),
+        ({"sampling": SamplingParams(n=2, temperature=0.0)}, "temperature=0"),
+        ({"sampling": SamplingParams(n=2, top_p=0.9)}, "top_p=0.9"),
+        ({"rewards": None}, "needs `rewards`"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_module(**settings)
+
+
+def test_needs_a_lightrft_strategy_and_one_engine(tmp_path):
+    with pytest.raises(TypeError, match="lightrft_fake"):
+        make_trainer(tmp_path, strategy="auto").fit(make_module(), make_data())
+    with pytest.raises(ValueError, match="exactly one rollout engine.*found 2"):
+        make_trainer(tmp_path, callbacks=[TransformersRollout()]).fit(make_module(), make_data())
+
+
+def test_rows_that_cannot_fit_are_refused_before_the_first_rollout(tmp_path):
+    with pytest.raises(ValueError, match="make 10 tokens, token_budget is 9"):
+        make_trainer(tmp_path).fit(make_module(token_budget=9), make_data())
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    fit(tmp_path, make_module(), 1)
+    other = make_module(model=tiny_llama(seed=0, width=64, layers=2))
+    with pytest.raises(CheckpointError, match=r"another model: actor.*\(15, 32\)|another model: actor"):
+        make_trainer(tmp_path).fit(other, make_data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_truncated_checkpoint(tmp_path):
+    fit(tmp_path, make_module(), 1)
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="incomplete or damaged"):
+        make_trainer(tmp_path).fit(make_module(), make_data(), ckpt_path=path)
+
+
+# ---------------------------------------------------------------- LightRFT's configuration
+
+
+def test_from_config_wires_the_fields():
+    config = StrategyConfig(
+        n_samples_per_prompt=5, reward_clip=2.0, advantage_clip=3.0, kl_estimator="k1", use_kl_loss=True,
+        actor_learning_rate=2e-4, l2=0.1, lr_warmup_ratio=0.2, seed=9,
+    )  # fmt: skip
+    module = RLHFModule.from_config(config, "anything", even_digits, kl_coef=0.1, tokenizer=object())
+    assert module.sampling.n == 5
+    assert (module.reward_clip, module.advantage_clip, module.kl_estimator) == (2.0, 3.0, "k1")
+    assert (module.lr, module.weight_decay, module.warmup_ratio, module.seed) == (2e-4, 0.1, 0.2, 9)
+
+
+@pytest.mark.parametrize(
+    "field", [{"dynamic_sampling": True}, {"critic_pretrain": "x"}, {"overlong_buffer": True}, {"plot_every": 5}]
+)
+def test_from_config_refuses_what_it_cannot_do(field):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not available"):
+        RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)
