@@ -1,4 +1,4 @@
-"""Rollout–training mismatch: an engine's log-probabilities differ from the trainer's (kernels, precision, old weights)."""
+"""Rollout–training mismatch: an engine and the trainer give the same tokens different log-probabilities."""
 
 from __future__ import annotations
 

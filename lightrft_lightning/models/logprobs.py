@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lightrft_lightning._errors import import_extra
@@ -31,7 +32,7 @@ class LogProbs(NamedTuple):
 
 
 def completion_logprobs(
-    model: nn.Module, batch: PackedBatch, temperature: float = 1.0, chunk_size: int = 1024, entropy: bool = False
+    model: nn.Module, batch: PackedBatch, temperature: float = 1.0, chunk_size: int = 512, entropy: bool = False
 ) -> LogProbs:
     """Log-probabilities of a batch's policy tokens under `model`.
 
@@ -47,12 +48,12 @@ def completion_logprobs(
         model: a Hugging Face causal language model, or a wrapper that contains one.
         batch: from `pack`, on the model's device.
         temperature: the sampling temperature; logits are divided by it.
-        chunk_size: tokens whose logits exist at the same time.
+        chunk_size: tokens whose logits exist at the same time; the step's peak is about 4 times their float32 size.
         entropy: also compute the entropy of each distribution.
 
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, or prompts are shared in `batch` and the model
-            cannot take that (see `shared_prompt_problem`).
+            cannot take that (see `shared_prompt_problem`), or the adapter is a prompt-learning one.
         TypeError: `model` contains no Hugging Face causal language model.
     """
     if not temperature > 0:
@@ -61,6 +62,8 @@ def completion_logprobs(
         raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
     causal_lm = find_causal_lm(model)
     _check_layout(causal_lm, batch)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("a prompt-learning adapter adds tokens that packed rows do not have; use LoRA or the like")
     backbone, own_forward = causal_lm.base_model, causal_lm.forward
 
     def forward(**inputs: Any) -> LogProbs:
@@ -146,10 +149,9 @@ def _chunked(
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if temperature != 1:
             logits_CV = logits_CV / temperature
-        norm_C = logits_CV.logsumexp(-1)
-        logprobs_C = logits_CV.gather(-1, target_C[:, None])[:, 0] - norm_C
+        logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
         with torch.no_grad():
-            entropy_C = torch.special.entr((logits_CV - norm_C[:, None]).exp_()).sum(-1) if entropy else None
+            entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1) if entropy else None
         return logprobs_C, entropy_C
 
     logprobs, entropies = [], []

@@ -1,0 +1,74 @@
+"""What every benchmark needs: where it ran, a Markdown table, a JSON file next to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "lightning", "transformers", "trl", "peft")
+
+
+def machine_info() -> dict[str, Any]:
+    """CPU model, cores and versions. Imports none of the packages it names."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": _cpu_model(), "cores": cores, "python": platform.python_version(), **versions}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has had resident so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table; floats with three significant digits."""
+
+    def cell(value: Any) -> str:
+        return (
+            f"{value:.3g}"
+            if isinstance(value, float) and abs(value) < 1000
+            else f"{value:.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([cell(row[key]) for key in header] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path | None = None) -> None:
+    """Print the table and write ``benchmarks/results/<name>.json``, or `out`."""
+    machine = machine_info()
+    print(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {settings}\n")
+    print(markdown_table(rows))
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    result = {"benchmark": name, "when": when, "machine": machine, "settings": settings, "rows": list(rows)}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nwritten to {path}")
