@@ -35,11 +35,12 @@ def test_definition() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("reward", [0.7, 0.1, 1 / 3, -1e6, 0.0])
+@pytest.mark.parametrize("reward", [0.7, 0.1, 1 / 3, -1e4, 0.0])
 def test_a_group_of_equal_rewards_is_exactly_zero(reward: float, dtype: torch.dtype) -> None:
     """An epsilon of 1e-9 gives eight rewards of 0.7 advantages of up to 0.92."""
-    rewards = torch.full((8,), reward).clamp(-6e4, 6e4).to(dtype)
-    assert group_norm(rewards, torch.zeros(8, dtype=torch.long)).tolist() == [0.0] * 8
+    for size in range(2, 20):
+        rewards = torch.full((size,), reward, dtype=dtype)
+        assert group_norm(rewards, torch.zeros(size, dtype=torch.long)).tolist() == [0.0] * size
 
 
 def test_equal_and_other_groups_in_one_batch() -> None:
