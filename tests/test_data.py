@@ -325,7 +325,13 @@ def test_command_line(tmp_path):
         "  batch_size: 2\n  chat_template: false\n"
         "trainer: {accelerator: cpu, max_steps: 1, logger: false, enable_checkpointing: false, barebones: true}\n"
     )
-    cli = LightningCLI(Recorder, PromptDataModule, args=["--config", str(tmp_path / "config.yaml")], run=False)
+    cli = LightningCLI(
+        Recorder,
+        PromptDataModule,
+        args=["--config", str(tmp_path / "config.yaml")],
+        run=False,
+        save_config_callback=None,
+    )
     cli.model.tokenizer = make_tokenizer()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     ((_, _, texts),) = cli.model.seen

@@ -1,0 +1,163 @@
+"""Run calls that may raise, hang or never give control back, without being harmed by any of them.
+
+Threads are daemons and belong to one `run_*` call: a stuck one is abandoned, it neither blocks the next iteration nor
+keeps the process from ending (the threads of a `ThreadPoolExecutor` would: Python joins them at exit). What no thread
+can be protected from is a call that holds the interpreter lock, e.g. a regular expression with catastrophic
+backtracking: such work belongs into a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Failure = Literal["failed", "timed_out", "non_finite"]
+GRACE = 1.0
+"""Seconds that an event loop may be silent beyond the deadline before it counts as blocked."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one call.
+
+    Attributes:
+        value: what it returned; None if it failed.
+        failure: the kind of failure; None if there was none.
+        reason: the failure in words.
+    """
+
+    value: Any = None
+    failure: Failure | None = None
+    reason: str = ""
+
+
+def run_in_threads(calls: Sequence[Callable[[], Any]], workers: int, deadline: float) -> list[Outcome]:
+    """Call each of `calls` in one of `workers` threads.
+
+    Args:
+        calls: functions without arguments.
+        workers: how many run at a time.
+        deadline: seconds that one call may take, from its own start. Then it is given up and its thread replaced.
+
+    Returns:
+        One outcome a call, in order.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+    running: dict[int, float] = {}
+    outcomes: dict[int, Outcome] = {}
+    for index in range(len(calls)):
+        waiting.put(index)
+
+    def work() -> None:
+        while True:
+            try:
+                index = waiting.get_nowait()
+            except queue.Empty:
+                return
+            running[index] = start = time.monotonic()
+            outcome = _guarded(calls[index])
+            late = time.monotonic() - start > deadline
+            finished.put((index, _timed_out(deadline) if late else outcome))
+
+    try:
+        for _ in range(min(workers, len(calls))):
+            _start_daemon(work)
+        while len(outcomes) < len(calls):
+            now = time.monotonic()
+            for index in [i for i, start in list(running.items()) if now - start > deadline and finished.empty()]:
+                del running[index]
+                outcomes[index] = _timed_out(deadline)
+                _start_daemon(work)
+            until_next = min(running.copy().values(), default=now) + deadline - now
+            try:
+                index, outcome = finished.get(timeout=max(until_next, 0.001))
+            except queue.Empty:
+                continue
+            if running.pop(index, None) is not None:  # else it was given up already
+                outcomes[index] = outcome
+    finally:
+        _drain(waiting)  # after Ctrl-C nothing new may start
+    return [outcomes[index] for index in range(len(calls))]
+
+
+def run_on_event_loop(calls: Sequence[Callable[[], Awaitable[Any]]], deadline: float) -> list[Outcome | None]:
+    """Await all `calls` concurrently on an event loop of its own, so it also works where a loop is running already.
+
+    Args:
+        calls: functions without arguments that return awaitables.
+        deadline: seconds that each may take; then it is cancelled.
+
+    Returns:
+        One outcome a call, in order. None: unknown, because some call blocked the loop in place of awaiting.
+    """
+    outcomes: list[Outcome | None] = [None] * len(calls)
+    done = threading.Event()
+    progress = time.monotonic()
+
+    async def one(index: int) -> None:
+        nonlocal progress
+        progress = time.monotonic()
+        task = asyncio.ensure_future(_guarded_await(calls[index]))
+        # Not `wait_for`: it would wait for a call that ignores its cancellation.
+        await asyncio.wait([task], timeout=deadline)
+        outcomes[index] = task.result() if task.done() else _timed_out(deadline)
+        task.cancel()
+        progress = time.monotonic()
+
+    async def everything() -> None:
+        await asyncio.gather(*map(one, range(len(calls))))
+        done.set()  # before the loop closes, which waits for calls that ignore their cancellation
+
+    _start_daemon(lambda: asyncio.run(everything()))
+    while not done.wait(timeout=0.05 if deadline < GRACE else GRACE / 4):
+        if time.monotonic() - progress > deadline + GRACE:
+            break
+    return list(outcomes)
+
+
+def _guarded(call: Callable[[], Any]) -> Outcome:
+    try:
+        return Outcome(call())
+    except BaseException as err:  # also SystemExit: it would end this thread, and its sample would wait for ever
+        return Outcome(failure="failed", reason=_describe(err))
+
+
+async def _guarded_await(call: Callable[[], Awaitable[Any]]) -> Outcome:
+    try:
+        return Outcome(await call())
+    except BaseException as err:  # asyncio lets SystemExit and KeyboardInterrupt end the whole loop
+        return Outcome(failure="failed", reason=_describe(err))
+
+
+def _describe(err: BaseException) -> str:
+    """Type, message and place of an exception; its `__str__` is somebody else's code as well."""
+    frames = traceback.extract_tb(err.__traceback__, limit=-1)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    try:
+        message = repr(str(err)[:200])[1:-1]  # lone surrogates would break the log file
+    except BaseException:
+        message = "(its message cannot be read)"
+    return f"{type(err).__name__}: {message}{place}"
+
+
+def _timed_out(deadline: float) -> Outcome:
+    return Outcome(failure="timed_out", reason=f"took longer than its deadline of {deadline:g} s")
+
+
+def _start_daemon(target: Callable[[], None]) -> None:
+    threading.Thread(target=target, name="lightrft-reward", daemon=True).start()
+
+
+def _drain(waiting: queue.SimpleQueue[int]) -> None:
+    try:
+        while True:
+            waiting.get_nowait()
+    except queue.Empty:
+        return

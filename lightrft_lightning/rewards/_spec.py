@@ -1,0 +1,211 @@
+"""From what a user writes (a function, a name, a path, a mapping) to a reward function that is ready to be called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._registry import Registry
+from lightrft_lightning.experience.trajectory import Trajectory
+
+REWARDS: Registry[Callable[..., Any]] = Registry("reward")
+"""Reward functions by name. Extend with ``@REWARDS.register("name")``."""
+
+SINGLE = ("prompt", "completion")
+BATCH = ("prompts", "completions")
+PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids")
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function with what its signature says about it.
+
+    Attributes:
+        name: unique among the functions that are used together.
+        function: called with keywords only.
+        batch: takes lists and returns a list.
+        is_async: returns an awaitable.
+        required: columns that it cannot do without.
+        optional: columns that it takes if the data has them; None: all.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    batch: bool
+    is_async: bool
+    required: frozenset[str]
+    optional: frozenset[str] | None
+
+    @classmethod
+    def inspect(cls, name: str, function: Callable[..., Any]) -> RewardFunction:
+        """Read the signature.
+
+        Raises:
+            TypeError: it has neither a parameter `completion` nor `completions`, or one that cannot be given by name.
+        """
+        parameters = inspect.signature(function).parameters
+        fixed = set(function.keywords) if isinstance(function, functools.partial) else set()
+        names = [n for n in parameters if n not in fixed]
+        if ("completion" in names) == ("completions" in names):
+            raise TypeError(
+                f"the reward {name!r} must take either `completion` (called for each sample) or `completions` "
+                f"(called with lists), it takes ({', '.join(parameters)})"
+            )
+        batch = "completions" in names
+        required: set[str] = set()
+        optional: set[str] = set()
+        everything = False
+        for n in names:
+            parameter = parameters[n]
+            if parameter.kind is parameter.VAR_KEYWORD:
+                everything = True
+            elif parameter.kind is parameter.POSITIONAL_ONLY:
+                raise TypeError(f"the reward {name!r} takes {n!r} by position only; rewards are called with keywords")
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                (required if parameter.default is parameter.empty else optional).add(n)
+        return cls(
+            name=name,
+            function=function,
+            batch=batch,
+            is_async=_is_async(function),
+            required=frozenset(required),
+            optional=None if everything else frozenset(optional),
+        )
+
+    def arguments(self, trajectory: Trajectory) -> dict[str, Any]:
+        """The keywords for one sample, as far as the data has them."""
+        completion = trajectory.completion
+        prompt_name, completion_name = BATCH if self.batch else SINGLE
+        available = {
+            **trajectory.prompt.fields,
+            prompt_name: trajectory.prompt.text,
+            completion_name: trajectory.text,
+            "finish_reason": completion.finish_reason,
+            "token_ids": completion.token_ids,
+        }
+        if self.optional is None:
+            return available
+        wanted = self.required | self.optional
+        return {name: value for name, value in available.items() if name in wanted}
+
+    def missing(self, arguments: Mapping[str, Any]) -> list[str]:
+        """Columns that it needs and `arguments` lack."""
+        return sorted(self.required - arguments.keys())
+
+
+def parse(functions: Any, weights: Sequence[float] | None = None) -> list[tuple[RewardFunction, float]]:
+    """The reward functions and weights that a user's description stands for; see `Rewards`.
+
+    Raises:
+        ValueError: unknown name or option, a file or function that does not exist, weights that do not fit.
+        TypeError: something that is no reward function.
+    """
+    if isinstance(functions, Mapping) and "name" not in functions:
+        if weights is not None:
+            raise ValueError("rewards given as {name: weight} have their weights: leave out `weights`")
+        functions, weights = list(functions), list(functions.values())
+    entries = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    if not entries:
+        raise ValueError("no reward function given")
+    parsed = [_parse_entry(entry) for entry in entries]
+    if weights is not None and len(weights) != len(parsed):
+        raise ValueError(f"{len(weights)} weights for {len(parsed)} reward functions")
+    result: list[tuple[RewardFunction, float]] = []
+    for i, (name, function, weight) in enumerate(parsed):
+        if weights is not None and weight is not None:
+            raise ValueError(f"the reward {name!r} has two weights, its own and one in `weights`")
+        if name in {f.name for f, _ in result}:
+            name = f"{name}_{i}"
+        value = weights[i] if weights is not None else 1.0 if weight is None else weight
+        result.append((RewardFunction.inspect(name, function), check_finite(f"weight of the reward {name!r}", value)))
+    return result
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    target = function.func if isinstance(function, functools.partial) else function
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__)
+
+
+def check_finite(what: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
+        raise ValueError(f"{what} must be a finite number, is {value!r}")
+    return float(value)
+
+
+def _parse_entry(entry: Any) -> tuple[str, Callable[..., Any], float | None]:
+    """Name, function and own weight of one entry."""
+    if isinstance(entry, Mapping):
+        options = dict(entry)
+        if "name" not in options:
+            raise ValueError(f"a reward with options is {{'name': ..., 'weight': ..., option: ...}}, got {options}")
+        weight = options.pop("weight", None)
+        name, function, _ = _parse_entry(options.pop("name"))
+        return name, _with_options(name, function, options), weight
+    if isinstance(entry, str):
+        return _short_name(entry), _find(entry), None
+    if callable(entry):
+        unbound = entry.func if isinstance(entry, functools.partial) else entry
+        return getattr(unbound, "__name__", type(unbound).__name__), entry, None
+    raise TypeError(f"a reward is a function, a name or a mapping, got {type(entry).__name__}: {entry!r}")
+
+
+def _short_name(path: str) -> str:
+    return path if path in REWARDS else path.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+
+
+def _with_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(function).parameters
+    known = [n for n, p in parameters.items() if n not in PROVIDED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of reward {name!r}", option, known))
+    return functools.partial(function, **options) if options else function
+
+
+def _find(path: str) -> Callable[..., Any]:
+    """A registered reward, ``package.module.function`` or ``path/to/file.py:function``."""
+    if path in REWARDS:
+        return REWARDS[path]
+    if ".py:" in path:
+        file, name = path.rsplit(":", 1)
+        module = _load_file(Path(file))
+    elif "." in path:
+        module_name, name = path.rsplit(".", 1)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as err:
+            raise ValueError(f"reward {path!r}: {err}. For a file of your own write 'path/to/file.py:{name}'") from err
+    else:
+        raise ValueError(f"{unknown_name('reward', path, REWARDS)}, 'package.module.function' or 'file.py:function'")
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ValueError(f"reward {path!r}: {unknown_name('function', name, names)}")
+    return function
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file with rewards: {str(path)!r} (looked in {str(Path.cwd())!r})")
+    name = f"lightrft_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    spec.loader.exec_module(module)
+    return module
