@@ -135,7 +135,8 @@ class StrategyConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = _convert(getattr(self, name), hint)
             if value is _INVALID:
-                expected = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+                plain = "a finite number" if hint is float else getattr(hint, "__name__", "")
+                expected = str(hint).replace("typing.", "") if get_args(hint) else plain
                 raise TypeError(f"StrategyConfig({name}={getattr(self, name)!r}): expected {expected}")
             object.__setattr__(self, name, value)
 
@@ -194,9 +195,14 @@ class StrategyConfig:
 
         Parameters that are no fields are kept for `get_extra_arg`; `args` stays reachable as ``config.args``.
         None stands for "not given" where the field does not allow None, as argparse leaves it.
+
+        Raises:
+            TypeError: `args` is none of these.
         """
         if isinstance(args, StrategyConfig):
             return args
+        if isinstance(args, str | bytes | int | float | list | tuple | set):
+            raise TypeError(f"StrategyConfig.from_args({args!r}): expected a Namespace, a mapping or an object")
         hints = get_type_hints(cls)
         values: dict[str, Any] = {}
         for name, hint in hints.items():

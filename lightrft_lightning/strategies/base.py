@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -86,6 +87,7 @@ class StrategyBase(InferenceEngines, Strategy):
         """Gradient norm before clipping of the latest step, by the `name` given to `optimizer_step`."""
         self.skipped_steps: dict[str, int] = {}
         """Steps left out because the gradient was not finite, by name."""
+        self._parallel_devices: list[torch.device] | None = None
         self.optimizer_steps = 0
         """Optimizer steps made, over all optimizers."""
         self._models: WeakKeyDictionary[nn.Module, _Trained] = WeakKeyDictionary()
@@ -121,7 +123,31 @@ class StrategyBase(InferenceEngines, Strategy):
     @property
     @override
     def root_device(self) -> torch.device:
-        return torch.device("cpu")
+        return self._parallel_devices[0] if self._parallel_devices else torch.device("cpu")
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The Trainer's devices; more than one is refused."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise MisconfigurationException(
+                f"{self.strategy_name} runs in one process, got devices={len(devices)}: set devices=1, "
+                "or take strategy='lightrft_fsdp' or 'lightrft_deepspeed'"
+            )
+        self._parallel_devices = devices
+
+    @property
+    def num_nodes(self) -> int:
+        """Always 1."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, value: int) -> None:
+        if value != 1:
+            raise MisconfigurationException(f"{self.strategy_name} runs in one process, got num_nodes={value}")
 
     @classmethod
     @override
@@ -164,6 +190,7 @@ class StrategyBase(InferenceEngines, Strategy):
     @property
     def accumulation_steps(self) -> int:
         """Backward passes of one optimizer step; 1 if the strategy was built without batch sizes."""
+        self._check_batch_sizes()  # a loop may have left out setup_distributed
         c = self.config
         return c.train_batch_size // (c.micro_train_batch_size * self.world_size) if self._has_batch_sizes else 1
 
@@ -191,11 +218,7 @@ class StrategyBase(InferenceEngines, Strategy):
             ValueError: the model has no trainable parameter.
         """
         known = self._models.setdefault(model, _Trained())
-        for parameter in known.frozen:
-            parameter.requires_grad_(True)
-        if known.frozen:
-            model.train()
-        known.frozen = ()
+        _thaw(model, known)
         decay = self.config.l2 if weight_decay is None else weight_decay
         groups = [
             {"params": params, "weight_decay": d}
@@ -242,6 +265,7 @@ class StrategyBase(InferenceEngines, Strategy):
             known.frozen += tuple(p for p in model.parameters() if p.requires_grad)
             model.requires_grad_(False).eval()
         else:
+            _thaw(model, known)
             _state_to(known.optimizer, self.root_device)
             model.train()
         return (model, *rest) if isinstance(item, tuple | list) else model
@@ -249,9 +273,8 @@ class StrategyBase(InferenceEngines, Strategy):
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
         """Hook: how this back end wraps a model. Here: mixed precision around its forward pass."""
         dtype = self.config.compute_dtype(self.root_device)
-        if dtype != torch.float32 and not getattr(model, "_lightrft_autocast", False):
-            model.forward = torch.autocast(self.root_device.type, dtype=dtype)(model.forward)
-            model._lightrft_autocast = True  # type: ignore[assignment]
+        if dtype != torch.float32 and not hasattr(model, "_lightrft_autocast"):
+            model._lightrft_autocast = _Autocast(model, self.root_device.type, dtype)  # type: ignore[assignment]
         return model
 
     def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
@@ -266,7 +289,9 @@ class StrategyBase(InferenceEngines, Strategy):
     # ---------------------------------------------------------------- one step
 
     @override
-    def backward(self, loss: Tensor, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def backward(  # type: ignore[override]
+        self, loss: Tensor, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Back-propagate `loss`, divided so that gradients are the mean over accumulation steps and ranks.
 
         Two call forms, told apart by the second argument: LightRFT's ``backward(loss, model, optimizer)`` and
@@ -276,7 +301,9 @@ class StrategyBase(InferenceEngines, Strategy):
             loss: scalar, the mean over the micro-batch.
             model: the model that the loss comes from.
             optimizer: its optimizer.
-            accumulation_steps: (keyword) backward passes of this optimizer step, in place of `accumulation_steps`.
+            *args: of Lightning's form.
+            **kwargs: of Lightning's form; in LightRFT's, ``accumulation_steps``: backward passes of this optimizer
+                step, in place of the strategy's own number.
         """
         if not isinstance(model, nn.Module):
             rest = () if optimizer is None else (optimizer,)
@@ -284,7 +311,7 @@ class StrategyBase(InferenceEngines, Strategy):
         return self._backward(loss, model, optimizer, *args, **kwargs)
 
     @override
-    def optimizer_step(
+    def optimizer_step(  # type: ignore[override]
         self, optimizer: Optimizer, model: Any, scheduler: Any = None, name: str = "model", **kwargs: Any
     ) -> Any:
         """Step at the accumulation boundary: clip by the global norm, skip what is not finite, advance the scheduler.
@@ -297,9 +324,8 @@ class StrategyBase(InferenceEngines, Strategy):
             model: its model.
             scheduler: its learning-rate scheduler or None; advanced once per step that is made.
             name: key of `grad_norms` and `skipped_steps`.
-            accumulation_steps: (keyword) as in `backward`.
-            flush: (keyword) step now, with the mean over the passes so far: for the end of the data, so that a
-                partial accumulation does not leak into what comes next.
+            **kwargs: ``accumulation_steps``: as in `backward`. ``flush=True``: step now, with the mean over the passes
+                so far: for the end of the data, so that a partial accumulation does not leak into what comes next.
 
         Returns:
             The gradient norm before clipping, or None if this call did not reach the boundary.
@@ -358,8 +384,8 @@ class StrategyBase(InferenceEngines, Strategy):
         with torch.no_grad():
             for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
                 average.lerp_(parameter.to(average.device, average.dtype), 1 - beta)
-            for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
-                average.copy_(buffer)
+            for copy, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+                copy.copy_(buffer)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -566,6 +592,36 @@ class StrategyBase(InferenceEngines, Strategy):
     def reload_model(self, model: nn.Module) -> None:
         """Move the model back to the device."""
         model.to(self.root_device)
+
+
+class _Autocast:
+    """Mixed precision around a model's forward pass.
+
+    As hooks: these follow `copy.deepcopy` (a reference, an EMA) and do not hide the model's own `forward`, as a wrapped
+    method would.
+    """
+
+    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+        self._device_type, self._dtype = device_type, dtype
+        self._active: list[torch.autocast] = []
+        model.register_forward_pre_hook(self._enter, prepend=True)
+        model.register_forward_hook(self._exit, always_call=True)
+
+    def _enter(self, *args: Any) -> None:
+        self._active.append(torch.autocast(self._device_type, dtype=self._dtype))
+        self._active[-1].__enter__()
+
+    def _exit(self, *args: Any) -> None:
+        self._active.pop().__exit__(None, None, None)
+
+
+def _thaw(model: nn.Module, known: _Trained) -> None:
+    """Make trainable again what `prepare` froze, and nothing else."""
+    for parameter in known.frozen:
+        parameter.requires_grad_(True)
+    if known.frozen:
+        model.train()
+    known.frozen = ()
 
 
 def _decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

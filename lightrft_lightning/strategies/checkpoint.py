@@ -31,11 +31,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 MANIFEST = "manifest.json"
 FORMAT = "lightrft_lightning/1"
 _TEMPORARY = ".lightrft-tmp"
+_ASIDE = ".lightrft-old"
 
 
 class CheckpointError(RuntimeError):
@@ -66,12 +68,13 @@ def save(
     Raises:
         ValueError: a tag that is no file name, or a client state that could not be read back.
     """
-    if not tag or tag != Path(tag).name or tag.startswith(".") or tag == "latest":
+    if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag.startswith(".") or tag == "latest":
         raise ValueError(f"tag={tag!r}: must be a plain folder name")
     tensors, extra = _split(state)
     payload = _serialise(extra)
     save_dir.mkdir(parents=True, exist_ok=True)
     temporary, final = save_dir / f".{tag}{_TEMPORARY}", save_dir / tag
+    _put_back(save_dir)
     if final.exists() and not is_checkpoint(final):
         raise ValueError(f"{final} exists and is not a checkpoint of this package: choose another tag or folder")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -94,13 +97,15 @@ def save(
 
 def _split(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state as a flat dict of tensors, and all the rest."""
-    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    weights = state.model.state_dict()
+    tensors = {f"model.{name}": value for name, value in weights.items() if isinstance(value, Tensor)}
     extra: dict[str, Any] = {"client_state": state.client_state, "rng": rng_state(), "step": state.step}
+    extra["model"] = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     if state.scheduler is not None:
         extra["scheduler"] = state.scheduler.state_dict()
     if state.optimizer is not None:
         names = _parameter_names(state.model, state.optimizer)
-        scalars = {}
+        scalars: dict[str, Any] = {}
         for parameter, values in state.optimizer.state.items():
             for key, value in values.items():
                 target = tensors if isinstance(value, Tensor) else scalars
@@ -130,11 +135,11 @@ def _group_settings(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[d
 
 def _serialise(extra: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    torch.save(extra, buffer)
-    buffer.seek(0)
     try:
+        torch.save(extra, buffer)
+        buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except pickle.UnpicklingError as err:
+    except (pickle.PickleError, AttributeError, TypeError) as err:  # what pickle raises depends on the object
         raise ValueError(
             "client_state (or the scheduler's state) holds an object that cannot be read back safely; "
             f"use plain containers, numbers, strings and tensors. {str(err).splitlines()[0]}"
@@ -186,19 +191,33 @@ def _replace(temporary: Path, final: Path) -> None:
     if not final.exists():
         temporary.rename(final)
         return
-    old = final.with_name(f".{final.name}.old{_TEMPORARY}")
+    old = _aside(final)
     shutil.rmtree(old, ignore_errors=True)
     final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old)
 
 
+def _aside(final: Path) -> Path:
+    """Where `_replace` keeps the older checkpoint until the new one is in place."""
+    return final.with_name(f".{final.name}{_ASIDE}")
+
+
+def _put_back(save_dir: Path) -> None:
+    """Undo the first half of `_replace` where a process was killed in the middle."""
+    for old in save_dir.glob(f".*{_ASIDE}"):
+        final = save_dir / old.name[1 : -len(_ASIDE)]
+        if not final.exists():
+            old.rename(final)
+
+
 def rotate(save_dir: Path, *, keep: Path, max_num: int, max_bytes: float) -> None:
     """Remove this package's oldest checkpoints in `save_dir` until both limits hold; `keep` always stays."""
-    for leftover in save_dir.glob(f".*{_TEMPORARY}"):
-        shutil.rmtree(leftover)
-    oldest_first = sorted((p for p in save_dir.iterdir() if is_checkpoint(p)), key=lambda p: _manifest(p)["saved_at"])
-    removable = [p for p in oldest_first if p != keep]
+    for leftover in [*save_dir.glob(f".*{_TEMPORARY}"), *save_dir.glob(f".*{_ASIDE}")]:
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+    # A link to a checkpoint (say, "best") is the user's.
+    ours = [p for p in save_dir.iterdir() if is_checkpoint(p) and not p.is_symlink()]
+    removable = sorted((p for p in ours if p != keep), key=lambda p: _manifest(p).get("saved_at", 0))
     while removable and (len(removable) + 1 > max_num or _folder_bytes(save_dir) > max_bytes):
         victim = removable.pop(0)
         hidden = victim.with_name(f".{victim.name}{_TEMPORARY}")
@@ -231,13 +250,18 @@ def find(load_dir: Path, tag: str | None) -> Path:
 
     Raises:
         FileNotFoundError: there is none; the message lists those there are.
+        CheckpointError: there is one whose manifest is missing or damaged.
     """
     if tag is None and is_checkpoint(load_dir):
         return load_dir
     latest = load_dir / "latest"
     name = tag or (latest.read_text().strip() if latest.is_file() else None)
-    if name and is_checkpoint(load_dir / name):
-        return load_dir / name
+    path = load_dir / (name or "")
+    for candidate in (path, _aside(path)) if name else ():
+        if is_checkpoint(candidate):
+            return candidate
+    if (path / "extra.pt").is_file() or (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is incomplete or damaged: no readable {MANIFEST} of this package")
     there = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p)) if load_dir.is_dir() else []
     wanted = f"checkpoint {name!r}" if name else "file 'latest'"
     raise FileNotFoundError(f"no {wanted} in {load_dir}; checkpoints there: {', '.join(there) or '(none)'}")
@@ -253,7 +277,7 @@ def load(state: TrainingState, path: Path, *, strict: bool = True, restore_rng: 
     with readable(path):
         extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
         saved = _load_tensors(path)
-    weights = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
+    weights = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")} | extra["model"]
     check_same_model(state.model.state_dict(), weights, path, strict)
     optimizer_state = None
     if state.optimizer is not None:
@@ -271,7 +295,10 @@ def load(state: TrainingState, path: Path, *, strict: bool = True, restore_rng: 
 
 
 def _verify_files(path: Path) -> None:
-    for name, expected in _manifest(path)["files"].items():
+    files = _manifest(path).get("files")
+    if not isinstance(files, dict) or not all({"bytes", "crc32"} <= set(entry) for entry in files.values()):
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} does not list its files")
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
@@ -280,13 +307,39 @@ def _verify_files(path: Path) -> None:
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
+    with (path / ".metadata").open("rb") as file:
+        _MetadataUnpickler(file).load()
     reader = dcp.FileSystemReader(path)
     metadata = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+    tensors = {
+        name: torch.empty(m.size, dtype=m.properties.dtype)
+        for name, m in metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Accepts what DCP's metadata file consists of and nothing else: DCP itself would run any code in it."""
+
+    _ALLOWED = {
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "WindowsPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if not plain and name not in self._ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint of tensors does")
+        return super().find_class(module, name)
 
 
 def _optimizer_state(
@@ -306,7 +359,10 @@ def _optimizer_state(
     for group in optimizer.param_groups:
         members = [names[p] for p in group["params"]]
         if missing := [n for n in members if n not in settings]:
-            raise CheckpointError(f"{path}: its optimizer does not hold the parameter {missing[0]!r}")
+            raise CheckpointError(
+                f"{path}: its optimizer does not hold the parameter {missing[0]!r}: pass load_optimizer_states=False"
+            )
+        _check_same_kind(group, settings[members[0]], path)
         indices = range(position, position + len(members))
         groups.append({**settings[members[0]], "params": list(indices)})
         state.update({i: values[n] for i, n in zip(indices, members, strict=True) if n in values})
@@ -314,13 +370,24 @@ def _optimizer_state(
     return {"state": state, "param_groups": groups}
 
 
+def _check_same_kind(group: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    """Refuse another kind of optimizer: each has settings that the other lacks (a newer torch only adds some)."""
+    ignored = {"params", "initial_lr"}  # the second one comes from a scheduler
+    here, there = set(group) - set(saved) - ignored, set(saved) - set(group) - ignored
+    if here and there:
+        raise CheckpointError(
+            f"{path} is of another kind of optimizer: with {min(there)!r}, without {min(here)!r}. "
+            "Pass load_optimizer_states=False"
+        )
+
+
 def check_same_model(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: Any, strict: bool) -> None:
     """Raise `CheckpointError` with the first difference if `saved` is not of the model that `current` is of."""
     for name, value in saved.items():
-        if name in current and current[name].shape != value.shape:
+        here = current.get(name)
+        if isinstance(here, Tensor) and isinstance(value, Tensor) and here.shape != value.shape:
             raise CheckpointError(
-                f"{where} is of another model: {name} has shape {tuple(value.shape)} there and "
-                f"{tuple(current[name].shape)} here"
+                f"{where} is of another model: {name} has shape {tuple(value.shape)} there and {tuple(here.shape)} here"
             )
     if not strict:
         return
@@ -341,7 +408,7 @@ def readable(path: Any) -> Iterator[None]:
         if isinstance(err, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path} is incomplete or damaged: {str(err).splitlines()[0] if str(err) else err!r}"
+            f"{path} is incomplete, damaged or not safe to read: {str(err).splitlines()[0] if str(err) else err!r}"
         ) from err
 
 

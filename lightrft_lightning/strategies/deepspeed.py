@@ -15,6 +15,9 @@ class DeepspeedStrategy(StrategyBase):
     """
 
     strategy_name = "lightrft_deepspeed"
+    # Any number of devices may be asked for; what says "not available" comes later.
+    parallel_devices = None  # type: ignore[assignment, override]
+    num_nodes = 1  # type: ignore[assignment]
 
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
         if config.fsdp:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
@@ -62,6 +62,7 @@ def get_strategy(config_or_args: Any = None, **fields: Any) -> StrategyBase:
     """
     if isinstance(config_or_args, str):
         cls, implied = _lookup(config_or_args)
+        _check_implied(config_or_args, implied, fields)
         return cls(**{**implied, **fields})
     config = StrategyConfig.from_args({} if config_or_args is None else config_or_args)
     if fields:
@@ -71,6 +72,9 @@ def get_strategy(config_or_args: Any = None, **fields: Any) -> StrategyBase:
         name = FakeStrategy.strategy_name
     if isinstance(name, str):
         cls, implied = _lookup(name)
+        # argparse fills in every default, so a default cannot contradict the name.
+        changed = {f: getattr(config, f) for f in implied if getattr(config, f) != getattr(StrategyConfig, f)}
+        _check_implied(name, implied, changed)
         return cls(config=config, **implied)
     return (FSDPV2Strategy if config.fsdp else DeepspeedStrategy)(config=config)
 
@@ -91,14 +95,20 @@ def _lookup(name: str) -> tuple[type[StrategyBase], dict[str, Any]]:
     return _NAMES[name.lower()]
 
 
+def _check_implied(name: str, implied: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    for field, value in implied.items():
+        if given.get(field, value) != value:
+            raise ValueError(f"strategy {name!r} means {field}={value!r}, got {field}={given[field]!r}: leave one out")
+
+
 def register_builtin_strategies() -> None:
     """Register the names of this package. Idempotent."""
     register_strategy("lightrft_fake", FakeStrategy, "one process, no process group")
     register_strategy("lightrft_fsdp", FSDPV2Strategy, "FSDP2", fsdp=True)
     register_strategy("lightrft_fsdp_offload", FSDPV2Strategy, "FSDP2, CPU offload", fsdp=True, fsdp_cpu_offload=True)
-    for suffix, stage in (("", 2), ("_stage_1", 1), ("_stage_2", 2), ("_stage_3", 3)):
-        name, text = f"lightrft_deepspeed{suffix}", f"DeepSpeed ZeRO-{stage}"
-        register_strategy(name, DeepspeedStrategy, text, zero_stage=stage)
-        register_strategy(
-            f"{name}_offload", DeepspeedStrategy, f"{text}, CPU offload", zero_stage=stage, adam_offload=True
-        )
+    # Without a number the stage is the configuration's, 2 by default.
+    stages: dict[str, dict[str, Any]] = {"": {}} | {f"_stage_{n}": {"zero_stage": n} for n in (1, 2, 3)}
+    for suffix, stage in stages.items():
+        name, text = f"lightrft_deepspeed{suffix}", f"DeepSpeed ZeRO-{stage.get('zero_stage', 2)}"
+        register_strategy(name, DeepspeedStrategy, text, **stage)
+        register_strategy(f"{name}_offload", DeepspeedStrategy, f"{text}, CPU offload", adam_offload=True, **stage)

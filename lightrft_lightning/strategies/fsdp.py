@@ -16,6 +16,9 @@ class FSDPV2Strategy(StrategyBase):
     """
 
     strategy_name = "lightrft_fsdp"
+    # Any number of devices may be asked for; what says "not available" comes later.
+    parallel_devices = None  # type: ignore[assignment, override]
+    num_nodes = 1  # type: ignore[assignment]
 
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
         if config.fsdp:
