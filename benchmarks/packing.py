@@ -44,7 +44,7 @@ def gradient_step(model: LlamaForCausalLM, batches: list[PackedBatch], advantage
     start = time.perf_counter()
     total = sum(batch.num_policy_tokens for batch in batches)
     for batch in batches:
-        logprobs = completion_logprobs(model, batch, chunk_size=256).logprobs
+        logprobs = completion_logprobs(model, batch).logprobs
         (-(logprobs * batch.pack_values(advantages)).sum() / total).backward()
     return time.perf_counter() - start
 
