@@ -211,7 +211,8 @@ class StrategyConfig:
                 values[name] = found
         config = cls(**values)
         given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
-        object.__setattr__(config, "_extra", {k: v for k, v in given.items() if k not in hints})
+        extra = {k: v for k, v in given.items() if k not in hints and not str(k).startswith("__")}  # of classes
+        object.__setattr__(config, "_extra", extra)
         object.__setattr__(config, "args", args)
         return config
 
@@ -220,7 +221,7 @@ class StrategyConfig:
         if name in self._extra:  # type: ignore[attr-defined]
             return self._extra[name]  # type: ignore[attr-defined]
         original = self.args  # type: ignore[attr-defined]
-        return default if original is self or isinstance(original, Mapping) else getattr(original, name, default)
+        return default if isinstance(original, StrategyConfig | Mapping) else getattr(original, name, default)
 
     def is_set(self, *names: str) -> bool:
         """Whether the user gave at least one of these fields, be it with its default value."""
