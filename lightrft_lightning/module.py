@@ -371,13 +371,23 @@ class RLHFModule(pl.LightningModule):
     def _total_optimizer_steps(self) -> int:
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        steps = self.trainer.estimated_stepping_batches * self.epochs_per_rollout * self.steps_per_epoch
-        if steps == float("inf"):
+        steps = self._planned_iterations() * self.epochs_per_rollout * self.steps_per_epoch
+        if not 0 < steps < float("inf"):
             raise ValueError(
                 f"lr_schedule={self.lr_schedule!r}, warmup_ratio={self.warmup_ratio} need a known number of steps: "
                 "set Trainer(max_epochs=...) or max_steps"
             )
         return int(steps)
+
+    def _planned_iterations(self) -> float:
+        trainer = self.trainer
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
+            return trainer.estimated_stepping_batches
+        # Not `estimated_stepping_batches`: it sets the data loader up before Lightning has read the loader's position
+        # from the checkpoint, and a resumed run would then start the data from the beginning.
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        return (trainer.max_epochs or 0) * (min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     @override
     def on_fit_start(self) -> None:

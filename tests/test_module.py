@@ -117,10 +117,18 @@ def test_reward_rises(tmp_path):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
 
 
-def fit(path, module, max_epochs, ckpt_path=None, **trainer_settings):
+class StopAt(pl.Callback):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        trainer.should_stop = pl_module.iteration == self.iteration
+
+
+def fit(path, module, max_epochs, ckpt_path=None, stop=None):
     record = Record()
     checkpoint = ModelCheckpoint(path, save_last=True, save_top_k=0, every_n_train_steps=1)
-    trainer = make_trainer(path, callbacks=[record, checkpoint], max_epochs=max_epochs, **trainer_settings)
+    trainer = make_trainer(path, callbacks=[record, checkpoint, StopAt(stop)], max_epochs=max_epochs)
     trainer.fit(module, make_data(), ckpt_path=ckpt_path)
     return record, trainer
 
@@ -132,7 +140,7 @@ def test_resume_is_bit_for_bit(tmp_path, stop):
     straight = make_module(**settings)
     whole, trainer = fit(tmp_path / "a", straight, 2)
     torch.manual_seed(99)
-    first, _ = fit(tmp_path / "b", make_module(**settings), 2, limit_train_batches=4, max_steps=2 * stop)
+    first, _ = fit(tmp_path / "b", make_module(**settings), 2, stop=stop)
     resumed = make_module(**settings)
     torch.manual_seed(7)
     rest, resumed_trainer = fit(tmp_path / "b", resumed, 2, ckpt_path="last")
