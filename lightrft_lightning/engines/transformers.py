@@ -1,0 +1,373 @@
+"""The embedded engine: generates in-process with the training model itself, no server and no second copy.
+
+A group's prompt is prefilled once and its key/value cache is repeated for the group's samples; sequences that are
+finished leave the batch. Left out on purpose: paged or preallocated caches (Hugging Face's `DynamicCache` copies itself
+every step, which cost nothing measurable below about 200 tokens of context on a 135M model), speculative decoding and
+continuous batching. Who needs those takes the vLLM or SGLang engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning._seeds import derive_seed
+from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+# Dropping rows copies the cache of those that stay. Waiting until an eighth of the batch is finished bounds all copies
+# of one call together by eight times the cache.
+_COMPACT_AT = 7 / 8
+# Most nuclei are smaller than this; finding the largest 1024 of 49,152 logits is six times faster than sorting them.
+_NUCLEUS_CANDIDATES = 1024
+
+
+class TransformersRollout(RolloutCallback):
+    """Generates with the connected Hugging Face model, whose weights it shares.
+
+    Sequence j of prompt i draws from its own stream of random numbers, fixed by `sampling.seed`, i and j: the result
+    does not depend on `max_batch_size` or on when other sequences finish (up to rounding of the logits, which depends
+    on the shape of a matrix product), and torch's global generators are neither read nor advanced.
+
+    The log-probabilities are those of the distribution that a token was drawn from, computed in float32: after
+    temperature, then `top_k` (tokens tied with the k-th stay), then `top_p`, renormalised. Greedy decoding
+    (temperature 0) reports the log-probability under the plain softmax at temperature 1.
+
+    A completion ends with reason ``eos`` (a token of the generation config's or the tokenizer's end-of-sequence ids),
+    ``stop`` (its text contains a stop string) or ``length``; of several at the same token, the first of these counts.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[TransformersRollout(max_batch_size=64)])  # doctest: +SKIP
+
+    Args:
+        max_batch_size: the most sequences decoded at once, to bound the memory of the key/value cache. None: all.
+
+    Raises:
+        ValueError: `max_batch_size` is below 1.
+    """
+
+    def __init__(self, max_batch_size: int | None = None) -> None:
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"TransformersRollout(max_batch_size={max_batch_size!r}): must be at least 1, or None")
+        self.max_batch_size = max_batch_size
+        self._model: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @override
+    def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    @override
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        # The connected model is the one that the optimizer steps, so the new weights are already in place.
+        self.version = version
+
+    @override
+    def close(self) -> None:
+        self._model = self._tokenizer = None
+
+    @override
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
+        """Sample `sampling.n` completions for each prompt.
+
+        Args:
+            prompts: token ids, one sequence a prompt (ragged).
+            sampling: see `SamplingParams`.
+
+        Returns:
+            For each prompt, in order, its `sampling.n` completions.
+
+        Raises:
+            RuntimeError: `connect` was not called, or the model's logits are not finite.
+            ValueError: a prompt is empty, or too long for the model together with `max_new_tokens`.
+        """
+        if self._model is None or self._tokenizer is None:
+            raise RuntimeError("TransformersRollout has no model yet: call connect(model, tokenizer) before generate()")
+        _check_prompts(prompts, sampling.max_new_tokens, self._model.config)
+        # Neighbours of similar length need little padding, and equal prompts land in the same prefill.
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
+        rows = [_Row(i, j) for i in order for j in range(sampling.n)]
+        limit = self.max_batch_size or max(1, len(rows))
+        step = max(1, limit // sampling.n) * sampling.n  # whole groups, so that each prompt is prefilled once
+
+        # no_grad rather than inference_mode: nothing made here may be refused by autograd when training continues.
+        with torch.no_grad(), _evaluating(self._model), _grouped_attention():
+            decoder = _Decoder(self._model, self._tokenizer, sampling)
+            for start in range(0, len(rows), step):
+                decoder.run(prompts, rows[start : start + step], limit)
+        done = {(row.prompt, row.sample): row.completion() for row in rows}
+        return [[done[i, j] for j in range(sampling.n)] for i in range(len(prompts))]
+
+
+@dataclass
+class _Row:
+    """One sequence being decoded: sample number `sample` of prompt number `prompt`."""
+
+    prompt: int
+    sample: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(tuple(self.token_ids), tuple(self.logprobs), self.finish_reason)
+
+
+@dataclass
+class _State:
+    """What decoding needs to know about B sequences of T tokens, left-padded: row b of everything is sequence b.
+
+    Attributes:
+        cache: keys and values of the T tokens.
+        mask: [B, T], 1 at tokens and 0 at padding.
+        logits: [B, V], float32, of the next token.
+    """
+
+    cache: Cache
+    mask: Tensor
+    logits: Tensor
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only, in this order; a row may be named several times."""
+        index = torch.tensor(rows, device=self.mask.device)
+        # Every kind of cache layer has this method, unlike `batch_select_indices`. (It is annotated too narrowly.)
+        self.cache.reorder_cache(index)  # type: ignore[arg-type]
+        self.mask, self.logits = self.mask[index], self.logits[index]
+
+
+class _Decoder:
+    """One `generate` call's loop: prefill, expand, then one token a step for all live sequences."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.device = next(model.parameters()).device
+        self.accepted = _forward_arguments(model)
+        self.eos_ids = _eos_ids(model, tokenizer)
+        # A stop string of b bytes that ends in the newest token covers at most b tokens. One more, because some
+        # tokenizers strip the space in front of the first token that they decode.
+        self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 1
+
+    def run(self, prompts: Sequence[Sequence[int]], rows: list[_Row], limit: int) -> None:
+        """Prefill the prompts of these rows, each once, then decode at most `limit` rows at a time."""
+        unique = list(dict.fromkeys(tuple(prompts[row.prompt]) for row in rows))
+        position = {ids: k for k, ids in enumerate(unique)}
+        prefilled = self.prefill(unique)
+        for start in range(0, len(rows), limit):
+            chunk = rows[start : start + limit]
+            state = copy.deepcopy(prefilled) if len(rows) > limit else prefilled
+            state.select([position[tuple(prompts[row.prompt])] for row in chunk])
+            self.decode(state, chunk)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> _State:
+        transformers = import_extra("transformers", "demo")
+        longest = max(map(len, prompts))
+        # The padding's id does not matter, because the mask hides it; 0 is in every vocabulary.
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        cache = transformers.DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        return _State(cache, mask, self.forward(ids, mask, positions, cache))
+
+    def decode(self, state: _State, rows: list[_Row]) -> None:
+        """Sample until every row is finished. Only live rows (and a few finished ones) stay in `state`."""
+        uniforms = self.draws(rows)
+        for step in range(self.sampling.max_new_tokens):
+            tokens, logprobs = _sample(state.logits, self.sampling, uniforms[:, step])
+            self.append(rows, tokens.tolist(), logprobs.tolist())
+            live = [k for k, row in enumerate(rows) if row.finish_reason is None]
+            if not live:
+                return
+            if len(live) <= _COMPACT_AT * len(rows):
+                state.select(live)
+                rows, uniforms, tokens = [rows[k] for k in live], uniforms[live], tokens[live]
+            state.mask = nn.functional.pad(state.mask, (0, 1), value=1)
+            positions = state.mask.sum(-1, keepdim=True) - 1
+            state.logits = self.forward(tokens[:, None].to(self.device), state.mask, positions, state.cache)
+
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Run the model on new tokens [B, L]; returns the float32 logits [B, V] that follow the last one."""
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        kwargs = {name: value for name, value in optional.items() if name in self.accepted}
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits.cpu() if logits.device.type == "mps" else logits  # no float64 there, which the draw needs
+
+    def draws(self, rows: Sequence[_Row]) -> Tensor:
+        """[B, max_new_tokens] uniform numbers in [0, 1), float64; row b depends on the seed and on rows[b] only."""
+        s = self.sampling
+        streams = [np.random.default_rng(derive_seed(s.seed, row.prompt, row.sample)) for row in rows]
+        device = "cpu" if self.device.type == "mps" else self.device
+        return torch.from_numpy(np.stack([g.random(s.max_new_tokens) for g in streams])).to(device)
+
+    def append(self, rows: Sequence[_Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Give each live row its new token and decide whether it is finished."""
+        live = []
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if row.finish_reason is not None:
+                continue
+            if math.isnan(logprob):
+                raise RuntimeError(
+                    f"the model's logits for prompt {row.prompt} are not finite after {len(row.token_ids)} new tokens: "
+                    "look for NaN or infinity in its weights"
+                )
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            if token in self.eos_ids:
+                row.finish_reason = "eos"
+            else:
+                live.append(row)
+        self.apply_stop_strings(live)
+        for row in live:
+            if row.finish_reason is None and len(row.token_ids) == self.sampling.max_new_tokens:
+                row.finish_reason = "length"
+
+    def apply_stop_strings(self, rows: Sequence[_Row]) -> None:
+        """Finish the rows in which the newest token completed a stop string."""
+        if not self.sampling.stop or not rows:
+            return
+        tails = [row.token_ids[-self.stop_window :] for row in rows]
+        # Special tokens stay in the text: a stop string may name one.
+        for row, text in zip(rows, self.tokenizer.batch_decode(tails, skip_special_tokens=False), strict=True):
+            if any(stop in text for stop in self.sampling.stop):
+                row.finish_reason = "stop"
+
+
+def _sample(logits: Tensor, sampling: SamplingParams, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B] and their log-probabilities [B] from float32 logits [B, V] and uniform numbers [B] in [0, 1)."""
+    if sampling.temperature == 0:
+        tokens, logprobs = logits.argmax(-1), logits.log_softmax(-1)
+    else:
+        logprobs = _restrict(logits / sampling.temperature, sampling).log_softmax(-1)
+        tokens = _inverse_cdf(logprobs.exp(), uniforms)
+    return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _restrict(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Set the logits outside the top-k, then outside the nucleus of what is left, to minus infinity. [B, V]"""
+    vocabulary = logits.shape[-1]
+    if 0 < sampling.top_k < vocabulary:
+        kth = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return logits
+
+
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most probable tokens whose mass reaches `top_p` (Holtzman et al., 1904.09751). [B, V]
+
+    Tokens tied with the least probable member stay.
+    """
+    probs = logits.softmax(-1)
+    for size in (min(_NUCLEUS_CANDIDATES, probs.shape[-1]), probs.shape[-1]):
+        largest = probs.topk(size).values
+        mass = largest.cumsum(-1, dtype=torch.float64)
+        if bool((mass[:, -1] >= top_p).all()):
+            break
+    inside = mass - largest < top_p
+    threshold = largest.masked_fill(~inside, math.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(probs < threshold, -math.inf)
+
+
+def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The token [B] in whose slice of the cumulative probabilities each uniform number lies. [B, V], [B]
+
+    The sum runs in float64: in float32, 49,152 terms would shift the slices by more than the probability of a rare
+    token. A token of probability 0 has an empty slice and is never returned.
+    """
+    # Converting first is several times faster on the CPU than cumsum(dtype=torch.float64).
+    cdf = probs.double().cumsum(-1)
+    targets = uniforms[:, None] * cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, targets, right=True).clamp(max=probs.shape[-1] - 1)
+    # A parallel sum (CUDA) may round an empty slice to one unit in the last place, so look at what was picked.
+    impossible = probs.gather(-1, tokens) == 0
+    if bool(impossible.any()):
+        tokens = torch.where(impossible, probs.argmax(-1, keepdim=True), tokens)
+    return tokens.squeeze(-1)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any) -> None:
+    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} has no tokens: the model needs at least one to start from")
+        if len(prompt) + max_new_tokens > window:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is "
+                f"{len(prompt) + max_new_tokens}, and the model has positions for {window} "
+                "(max_position_embeddings). Shorten the prompt or lower max_new_tokens."
+            )
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All end-of-sequence ids; instruction-tuned models often list several in their generation config."""
+    generation_config = getattr(model, "generation_config", None)
+    ids: set[int] = set()
+    for value in (getattr(generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if value is not None:
+            ids.update([value] if isinstance(value, int) else value)
+    return frozenset(ids)
+
+
+def _forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward can be told by name. A PEFT wrapper takes anything, so ask the model inside."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inner.forward).parameters
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and gradient checkpointing off (the latter forbids a cache); every submodule's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _grouped_attention() -> Iterator[None]:
+    """On the CPU, let a decoding step read the cache as it is.
+
+    For a batch with padding, transformers' sdpa repeats every key and value head for all of its query heads, in every
+    layer and step; torch's kernel does not need that. With 64 sequences of 400 tokens, 9 query and 3 key/value heads, a
+    layer's attention takes 5 ms in place of 67 ms.
+    """
+    attention_functions = import_extra("transformers.modeling_utils", "demo").ALL_ATTENTION_FUNCTIONS
+    sdpa: Callable[..., tuple[Tensor, None]] = attention_functions["sdpa"]
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        grouped = query.shape[1] != key.shape[1] and query.shape[2] == 1 and query.device.type == "cpu"
+        if not grouped or kwargs.get("position_bias") is not None:
+            return sdpa(module, query, key, value, attention_mask, **kwargs)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    attention_functions["sdpa"] = attention
+    try:
+        yield
+    finally:
+        del attention_functions["sdpa"]  # uncovers the registered function ...
+        if attention_functions["sdpa"] is not sdpa:  # ... which a user may have covered with one of their own
+            attention_functions["sdpa"] = sdpa
