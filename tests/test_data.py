@@ -92,7 +92,7 @@ def test_position_carries_over_to_another_world_size(size, before, after, drop_l
         samplers = [ResumableSampler(range(size), world, r, True, 0, drop_last, consumed) for r in range(world)]
         return [list(s) for s in samplers]
 
-    first = [i for step in zip(*ranks(before, 0)) for i in step][: before * 3]
+    first = [i for step in zip(*ranks(before, 0), strict=True) for i in step][: before * 3]
     rest = ranks(after, len(first))
     assert len({len(r) for r in rest}) == 1, "ranks with unequal work hang in their collectives"
     flat = {i for r in rest for i in r}
@@ -416,14 +416,14 @@ def test_bad_files(tmp_path, name, content, message):
 
 def test_line_that_is_no_utf8(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"ok"\n"\xff\xfe"\n')
-    with pytest.raises(ValueError, match="a.jsonl:2: broken JSON"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: broken JSON"):
         load_rows(tmp_path / "a.jsonl")
 
 
 def test_missing_file_and_foreign_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "nope.jsonl"))):
         load_rows(str(tmp_path / "nope.jsonl"))
-    with pytest.raises(ValueError, match="none that datasets.save_to_disk wrote"):
+    with pytest.raises(ValueError, match=r"none that datasets\.save_to_disk wrote"):
         load_rows(str(tmp_path))
 
 
@@ -474,7 +474,7 @@ def test_system_prompt(chat_tokenizer):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"promt": "x", "answer": 1}], {}, "train: row 0: unknown column 'prompt'. Did you mean 'promt'? Valid: 'answer'"),
+        ([{"promt": "x", "answer": 1}], {}, "row 0: unknown column 'prompt'. Did you mean 'promt'? Valid: 'answer'"),
         (["x"], {"template": "{a}"}, "unknown column 'a'"),
         ([{"a": "x"}], {"template": "{a:.2f}"}, "template='{a:.2f}' does not fit"),
         ([{"a": {}}], {"template": "{a[b]}"}, "does not fit"),
@@ -498,7 +498,7 @@ def test_bad_rows(tokenizer, rows, settings, message):
 
 
 def test_chat_template_refuses_a_role(chat_tokenizer):
-    with pytest.raises(ValueError, match="row 0: the chat template refuses .*no such role"):
+    with pytest.raises(ValueError, match=r"row 0: the chat template refuses .*no such role"):
         load([[{"role": "tool", "content": "x"}]], chat_tokenizer)
 
 

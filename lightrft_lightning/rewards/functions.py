@@ -108,9 +108,9 @@ def _reasoning_gym_verifier(name: str, options: str) -> Any:
 
 @REWARDS.register("math_verify")
 def math_verify(completion: str, answer: Any, timeout: float = 5.0) -> float:
-    """1 if the completion's final answer is mathematically equal to `answer`, by math-verify, else 0.
+    r"""1 if the completion's final answer is mathematically equal to `answer`, by math-verify, else 0.
 
-    Understands LaTeX (also ``\\boxed{}``) and plain expressions. Only the last 4096 characters of the text are read.
+    Understands LaTeX (also ``\boxed{}``) and plain expressions. Only the last 4096 characters of the text are read.
 
     Args:
         completion: the text.

@@ -144,7 +144,7 @@ def test_missing_column_is_an_error_before_any_work():
     def second(completion, anwser):
         return 0
 
-    with pytest.raises(ValueError, match="'second' needs 'anwser'.*Did you mean 'answer'"):
+    with pytest.raises(ValueError, match=r"'second' needs 'anwser'.*Did you mean 'answer'"):
         Rewards([first, second]).score(batch(2))
     assert not calls
 
@@ -267,8 +267,8 @@ class Unprintable(Exception):
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("boom"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), StopIteration(1),
-     TimeoutError(), RecursionError(), MemoryError(), Unprintable(), ValueError("lone \ud800"), ValueError(TEN_MB)],
+    [ValueError("boom"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(),
+     StopIteration(1), TimeoutError(), RecursionError(), MemoryError(), Unprintable(), ValueError("lone \ud800"), ValueError(TEN_MB)],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", ["single", "batch", "async", "async batch"])
 def test_any_exception_costs_its_own_sample(error, shape, caplog):
