@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning import StrategyConfig
 
 # LightRFT's names and defaults, written out: a changed default is a changed promise.
 FIELDS = {
@@ -166,7 +166,7 @@ def test_an_estimator_of_the_users_own_is_known():
 
 
 def test_unknown_field_names_the_nearest_one():
-    with pytest.raises(TypeError, match="unknown StrategyConfig field 'max_nrom'. Did you mean 'max_norm'?"):
+    with pytest.raises(TypeError, match=r"unknown StrategyConfig field 'max_nrom'.* mean 'max_norm'"):
         StrategyConfig(max_nrom=1.0)
 
 
