@@ -268,7 +268,8 @@ class Unprintable(Exception):
 @pytest.mark.parametrize(
     "error",
     [ValueError("boom"), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(),
-     StopIteration(1), TimeoutError(), RecursionError(), MemoryError(), Unprintable(), ValueError("lone \ud800"), ValueError(TEN_MB)],
+     StopIteration(1), TimeoutError(), RecursionError(),
+     MemoryError(), Unprintable(), ValueError("lone \ud800"), ValueError(TEN_MB)],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", ["single", "batch", "async", "async batch"])
 def test_any_exception_costs_its_own_sample(error, shape, caplog):

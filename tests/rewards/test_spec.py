@@ -61,9 +61,9 @@ def test_functions_in_a_file(tmp_path):
     )
     rewards = Rewards({"name": f"{file}:vowels", "weight": 2})
     assert rewards.names == ["vowels"] and score_one(rewards, "banana") == 6
-    with pytest.raises(ValueError, match="unknown function 'vowel'. Did you mean 'vowels'"):
+    with pytest.raises(ValueError, match=r"unknown function 'vowel'. Did you mean 'vowels'"):
         Rewards(f"{file}:vowel")
-    with pytest.raises(FileNotFoundError, match="no such file with rewards: .*nope.py"):
+    with pytest.raises(FileNotFoundError, match=r"no such file with rewards: .*nope.py"):
         Rewards(f"{tmp_path}/nope.py:f")
 
 
@@ -81,7 +81,7 @@ def test_registered_functions():
     [
         ("last_nunber", None, "unknown reward 'last_nunber'. Did you mean 'last_number'"),
         ({"last_nunber": 1.0}, None, "Did you mean 'last_number'"),
-        ({"name": "last_number", "unfinishd": 1}, None, "option of reward 'last_number' 'unfinishd'. Did you mean 'unfin"),
+        ({"name": "last_number", "unfinishd": 1}, None, "reward 'last_number' 'unfinishd'. Did you mean 'unfin"),
         ("no.such.module.f", None, "reward 'no.such.module.f': No module named 'no'"),
         ("json.dmps", None, "unknown function 'dmps'. Did you mean 'dumps'"),
         ([], None, "no reward function given"),
