@@ -445,26 +445,21 @@ def test_threads_do_not_pile_up():
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        "def f(completion): time.sleep(600)",
-        "async def f(completion): time.sleep(600)",
-        "async def f(completion): await asyncio.sleep(600)",
-    ],
-)
-def test_a_process_with_stuck_rewards_can_exit(function):
-    script = f"""
+def test_a_process_with_stuck_rewards_can_exit():
+    script = """
 import asyncio, time
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.rewards import Rewards
-{function}
+def sync(completion): time.sleep(600)
+async def blocking(completion): time.sleep(600)
+async def waiting(completion): await asyncio.sleep(600)
 samples = [Trajectory(Prompt((1,), "p"), Completion((1,), (0.0,), "eos"), group=0) for _ in range(2)]
-print(Rewards(f, deadline=0.2).score(samples))
+for f in (sync, blocking, waiting):
+    print(Rewards(f, deadline=0.2).score(samples).timed_out)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert "timed_out=2" in run.stdout
+    assert run.stdout.split() == ["2", "2", "2"]
 
 
 def test_ctrl_c_passes_through(release):
@@ -487,7 +482,7 @@ except KeyboardInterrupt:
     time.sleep(3)
     print("interrupted", len(started))
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "interrupted 2", run.stderr
 
 
