@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLING = SamplingParams(n=8)
+_NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -173,7 +174,7 @@ class RLHFModule(pl.LightningModule):
             members[t.group] = members.get(t.group, 0) + 1
         usable = [t for t in scored if members[t.group] >= 2]
         if not usable:
-            log.warning("iteration %d: no group with two scored completions, no update", self.iteration)
+            log.warning("iteration %d: no group has two scored completions%s", self.iteration, _NOTHING_TO_LEARN)
             return []
         rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
         if self.reward_clip > 0:
@@ -184,6 +185,8 @@ class RLHFModule(pl.LightningModule):
             values = values.clamp(-self.advantage_clip, self.advantage_clip)
         for t, value in zip(usable, values.tolist(), strict=True):
             t.advantages = (value,) * len(t.mask)
+        if not values.any():
+            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration, _NOTHING_TO_LEARN)
         return usable
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
