@@ -324,9 +324,9 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(ids)
 
 
-def _forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+def _forward_arguments(model: Any) -> Mapping[str, inspect.Parameter]:
     """What the model's forward can be told by name. A PEFT wrapper takes anything, so ask the model inside."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(inner.forward).parameters
 
 
