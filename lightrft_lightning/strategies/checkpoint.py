@@ -41,7 +41,7 @@ _ASIDE = ".lightrft-old"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is incomplete, damaged or of another model."""
+    """A checkpoint that is incomplete, damaged or of another model, or that could not be written."""
 
 
 @dataclass
@@ -67,6 +67,7 @@ def save(
 
     Raises:
         ValueError: a tag that is no file name, or a client state that could not be read back.
+        CheckpointError: it could not be written; what was there before is untouched.
     """
     if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag.startswith(".") or tag == "latest":
         raise ValueError(f"tag={tag!r}: must be a plain folder name")
@@ -79,12 +80,16 @@ def save(
         raise ValueError(f"{final} exists and is not a checkpoint of this package: choose another tag or folder")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
-    (temporary / "extra.pt").write_bytes(payload)
-    _write_manifest(temporary, strategy=strategy, world_size=world_size, step=state.step, model=state.model)
-    _flush(temporary)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
+        (temporary / "extra.pt").write_bytes(payload)
+        _write_manifest(temporary, strategy=strategy, world_size=world_size, step=state.step, model=state.model)
+        _flush(temporary)
+    except (OSError, dcp.CheckpointException) as err:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{final} could not be written: {_reason(err)}") from err
     _replace(temporary, final)
     if save_latest:
         pointer = save_dir / f".latest{_TEMPORARY}"
@@ -401,15 +406,20 @@ def check_same_model(current: Mapping[str, Tensor], saved: Mapping[str, Tensor],
 
 @contextlib.contextmanager
 def readable(path: Any) -> Iterator[None]:
-    """Turn what torch raises on a damaged file into a `CheckpointError` that names it."""
+    """Turn what torch raises on a damaged file, which may be anything, into a `CheckpointError` that names it."""
     try:
         yield
-    except (RuntimeError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as err:
-        if isinstance(err, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} is incomplete, damaged or not safe to read: {str(err).splitlines()[0] if str(err) else err!r}"
-        ) from err
+    except (CheckpointError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (Exception, dcp.CheckpointException) as err:
+        raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {_reason(err)}") from err
+
+
+def _reason(err: BaseException) -> str:
+    """One line; DCP wraps what went wrong in an exception that is no `Exception` and says little."""
+    if isinstance(err, dcp.CheckpointException) and err.failures:
+        err = next(iter(err.failures.values()))[0]
+    return " ".join([type(err).__name__, *str(err).splitlines()[:1]])
 
 
 # -------------------------------------------------------------------- random state, export
