@@ -5,7 +5,7 @@ import torch
 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -61,9 +61,9 @@ def load_model(
     """
     found = _resolve(source)
     if not isinstance(found, str):
-        model = found.model()
-        model.set_attn_implementation(attn_implementation)
-        return model.to(dtype)
+        made: Any = found.model()
+        made.set_attn_implementation(attn_implementation)
+        return made.to(dtype)
     auto = import_extra("transformers", "hf").AutoModelForCausalLM
     try:
         model, report = auto.from_pretrained(

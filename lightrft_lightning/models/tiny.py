@@ -73,6 +73,9 @@ def tiny_llama(
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
+        # Llama's own 0.02 is meant for large widths; at this one it costs a long plateau before anything is learnt, and
+        # leaves weights that the noise of policy gradients disturbs.
+        initializer_range=width**-0.5,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
