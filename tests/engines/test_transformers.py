@@ -332,6 +332,42 @@ def test_the_stop_check_decodes_a_window_only(connect, tokenizer, monkeypatch):
     assert not lengths
 
 
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (". \n", "the answer is 42. \n\nThe"),
+        ("über 42", "The end. über 42"),
+        ("🙂", "the 🙂 is"),
+        ("é🙂é", "the é🙂é is"),
+        (" end. über", "an end. überThe end"),
+        ("x", "the end"),
+    ],
+)
+@pytest.mark.parametrize("single_bytes", [True, False])
+def test_the_stop_window_finds_what_the_whole_text_holds(stop, text, single_bytes):
+    """With byte-level BPE, where a character may need several tokens and a token may hold several characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["the answer is 42. \n\nThe end. über"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    token_ids = tokenizer.encode(text)
+    if single_bytes:
+        token_ids = [core.token_to_id(c) for piece, _ in core.pre_tokenizer.pre_tokenize_str(text) for c in piece]
+    hits = [t for t in range(1, len(token_ids) + 1) if stop in tokenizer.decode(token_ids[:t])]
+
+    decoder = engine_module._Decoder(make_model(), tokenizer, SamplingParams(stop=stop))
+    row = engine_module._Row(0, 0)
+    while row.finish_reason is None and len(row.token_ids) < len(token_ids):
+        row.token_ids.append(token_ids[len(row.token_ids)])
+        decoder.apply_stop_strings([row])
+    assert (row.finish_reason == "stop", len(row.token_ids)) == (bool(hits), hits[0] if hits else len(token_ids))
+    assert bool(hits) == (stop in text)
+
+
 def test_any_end_of_sequence_id_ends(connect):
     """The generation config may list several, and the tokenizer's own counts as well."""
     generate = connect(chain_model("abcdefg$", eos=spell("ze"))).generate
