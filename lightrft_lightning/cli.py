@@ -1,0 +1,116 @@
+"""The `lightrft` command: `LightningCLI` for `RLHFModule` and `PromptDataModule`. Needs the extra ``cli``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+import lightrft_lightning
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning.data import PromptDataModule
+from lightrft_lightning.module import RLHFModule
+
+DEFAULT_SEED = 42
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "strategy": "lightrft_fake",
+    "devices": 1,
+    "enable_progress_bar": False,  # ProgressLine takes its place
+    "log_every_n_steps": 1,  # an iteration is long, each is worth a row
+    "num_sanity_val_steps": -1,  # the whole validation set before training: the "before" of the summary
+}
+
+DEFAULT_CALLBACKS = (
+    "engines.transformers.TransformersRollout",
+    "callbacks.progress.ProgressLine",
+    "callbacks.samples.SampleTable",
+    "callbacks.reward_curve.RewardCurve",
+    "callbacks.export.ExportModel",
+    "callbacks.summary.Summary",
+)
+
+DESCRIPTION = """Reinforcement fine-tuning of language models inside PyTorch Lightning.
+
+Settings come from YAML files (--config, several allowed) and flags; what comes later wins:
+  lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4
+  lightrft fit --config examples/tiny_from_scratch.yaml --print_config
+  lightrft fit --config examples/tiny_from_scratch.yaml --ckpt_path last
+"""
+
+
+class LightRFTCLI(LightningCLI):
+    """`LightningCLI` with this package's module, data and defaults.
+
+    `trainer.callbacks` of a YAML file replaces the default callbacks, which ``--print_config`` shows;
+    ``--trainer.callbacks+=EarlyStopping`` adds to them.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            RLHFModule,
+            PromptDataModule,
+            args=None if args is None else list(args),
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=DEFAULT_SEED,
+            save_config_kwargs={"overwrite": True},  # otherwise a second run into the same folder is an error
+            auto_configure_optimizers=False,  # the module's own settings decide
+            load_from_checkpoint_support=False,  # RLHFModule saves its hyperparameters itself
+            parser_kwargs={
+                "prog": "lightrft",
+                "description": DESCRIPTION,
+                "version": lightrft_lightning.__version__,
+            },
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        callbacks = [{"class_path": f"lightrft_lightning.{name}"} for name in DEFAULT_CALLBACKS]
+        parser.set_defaults({"trainer.callbacks": callbacks})
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the hyperparameters of the checkpoint win over the user's file and flags."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    An error that this package raises on purpose is one line on standard error, unless the environment variable
+    ``LIGHTRFT_DEBUG`` is set to 1; a wrong flag or YAML key is an error of the argument parser (`SystemExit`, code 2).
+
+    Args:
+        args: arguments; default: those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error.
+    """
+    try:
+        import_extra("jsonargparse", "cli")
+        LightRFTCLI(args)
+    except Exception as err:
+        if os.environ.get("LIGHTRFT_DEBUG") == "1" or not _is_ours(err):
+            raise
+        print(f"lightrft: error: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_ours(err: Exception) -> bool:
+    """Whether the error was raised on purpose, by a check of this package or of the Trainer: not from the depths of a
+    computation, where the traceback is what helps."""
+    if isinstance(err, MisconfigurationException):
+        return True
+    *_, (frame, _) = traceback.walk_tb(err.__traceback__)
+    ours = str(frame.f_globals.get("__name__", "")).split(".")[0] == "lightrft_lightning"
+    return ours and isinstance(err, ValueError | TypeError | RuntimeError | ImportError | OSError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
