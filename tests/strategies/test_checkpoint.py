@@ -555,13 +555,13 @@ for _ in range(rounds):
 
 
 def test_killed_at_random_points_the_latest_checkpoint_is_always_complete(tmp_path):
-    command = [sys.executable, "-c", KILLER, str(tmp_path), "15"]
+    command = [sys.executable, "-c", KILLER, str(tmp_path), "10"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     numbers = [int(line) for line in done.stdout.split()]
-    assert len(numbers) == 15 and numbers[-1] >= 3  # saves were made and interrupted
+    assert len(numbers) == 10 and numbers[-1] >= 3  # saves were made and interrupted
     run = FakeStrategy()
     run.save_ckpt(nn.Linear(64, 64), tmp_path, tag="last", max_num=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "latest"]
