@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 import lightrft_lightning
-from lightrft_lightning._errors import import_extra
+from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.module import RLHFModule
+from lightrft_lightning.strategies.factory import available_strategies
 
 DEFAULT_SEED = 42
 
@@ -23,26 +25,25 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "strategy": "lightrft_fake",
     "devices": 1,
     "enable_progress_bar": False,  # ProgressLine takes its place
+    "enable_model_summary": False,
     "log_every_n_steps": 1,  # an iteration is long, each is worth a row
     "num_sanity_val_steps": -1,  # the whole validation set before training: the "before" of the summary
 }
 
 DEFAULT_CALLBACKS = (
-    "engines.transformers.TransformersRollout",
-    "callbacks.progress.ProgressLine",
-    "callbacks.samples.SampleTable",
-    "callbacks.reward_curve.RewardCurve",
-    "callbacks.export.ExportModel",
-    "callbacks.summary.Summary",
+    "lightrft_lightning.TransformersRollout",
+    "lightrft_lightning.callbacks.ProgressLine",
+    "lightrft_lightning.callbacks.SampleTable",
+    "lightrft_lightning.callbacks.RewardCurve",
+    "lightrft_lightning.callbacks.ExportModel",
+    "lightrft_lightning.callbacks.Summary",
+    "lightrft_lightning.callbacks.WritePredictions",
 )
 
-DESCRIPTION = """Reinforcement fine-tuning of language models inside PyTorch Lightning.
-
-Settings come from YAML files (--config, several allowed) and flags; what comes later wins:
-  lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4
-  lightrft fit --config examples/tiny_from_scratch.yaml --print_config
-  lightrft fit --config examples/tiny_from_scratch.yaml --ckpt_path last
-"""
+DESCRIPTION = (
+    "Reinforcement fine-tuning of language models inside PyTorch Lightning. Settings come from YAML files and flags, "
+    "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4"
+)
 
 
 class LightRFTCLI(LightningCLI):
@@ -71,8 +72,14 @@ class LightRFTCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        callbacks = [{"class_path": f"lightrft_lightning.{name}"} for name in DEFAULT_CALLBACKS]
+        callbacks = [{"class_path": name} for name in DEFAULT_CALLBACKS]
         parser.set_defaults({"trainer.callbacks": callbacks})
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        name = self._get(self.config, "trainer").strategy
+        if isinstance(name, str) and name.lower() not in available_strategies():
+            raise ValueError(unknown_name("strategy", name, available_strategies()))
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -91,6 +98,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 after an error.
     """
+    for noise in ("isinstance.*LeafSpec", "The '.*_dataloader' does not have many workers"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
     try:
         import_extra("jsonargparse", "cli")
         LightRFTCLI(args)
@@ -103,13 +112,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _is_ours(err: Exception) -> bool:
-    """Whether the error was raised on purpose, by a check of this package or of the Trainer: not from the depths of a
-    computation, where the traceback is what helps."""
-    if isinstance(err, MisconfigurationException):
-        return True
+    """Whether the error was raised on purpose, by a check of this package or of Lightning.
+
+    An error from the depths of a computation or from the user's own code is not: there the traceback helps.
+    """
     *_, (frame, _) = traceback.walk_tb(err.__traceback__)
-    ours = str(frame.f_globals.get("__name__", "")).split(".")[0] == "lightrft_lightning"
-    return ours and isinstance(err, ValueError | TypeError | RuntimeError | ImportError | OSError)
+    package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+    expected = ValueError | TypeError | RuntimeError | ImportError | OSError | MisconfigurationException
+    return package in ("lightrft_lightning", "lightning") and isinstance(err, expected)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def planned_iterations(trainer: pl.Trainer, module: RLHFModule) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.max_epochs * trainer.num_training_batches)
     if trainer.max_steps > 0:
-        limits.append(math.ceil(trainer.max_steps / (module.epochs_per_rollout * module.steps_per_epoch)))
+        # Not from the start: an iteration without any signal in its rewards makes no step.
+        steps_left = max(0, trainer.max_steps - trainer.global_step)
+        limits.append(module.iteration + math.ceil(steps_left / (module.epochs_per_rollout * module.steps_per_epoch)))
     finite = [limit for limit in limits if math.isfinite(limit)]
     return int(min(finite)) if finite else None
 
@@ -136,7 +138,8 @@ def _number(value: float | None, width: int, digits: int) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """
+    """Minutes and seconds, and hours if there are any.
+
     >>> _clock(75), _clock(3675)
     ('1:15', '1:01:15')
     """

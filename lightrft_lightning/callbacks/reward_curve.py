@@ -72,7 +72,9 @@ class RewardCurve(Callback):
         reward = metric(trainer, "val/reward")
         counts = trainer.state.fn == "fit" and (not trainer.sanity_checking or is_full_sanity_check(trainer))
         if counts and reward is not None:
-            self.val.append((rlhf_module(self, pl_module).iteration, reward))
+            iteration = rlhf_module(self, pl_module).iteration
+            # A run that is resumed where a validation was due repeats it.
+            self.val = [point for point in self.val if point[0] != iteration] + [(iteration, reward)]
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

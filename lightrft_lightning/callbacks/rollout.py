@@ -34,6 +34,7 @@ class RolloutCallback(Callback, RolloutEngine):
                 f"{type(self).__name__} generates for an RLHFModule, got {type(pl_module).__name__}. "
                 "In a loop of your own, call `strategy.setup_inference_engine(...)` instead."
             )
+        assert pl_module.actor is not None
         self.connect(pl_module.actor, pl_module.tokenizer)
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _connect

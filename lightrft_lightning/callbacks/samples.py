@@ -76,10 +76,10 @@ def _spread(trajectories: Sequence[Trajectory], rows: int) -> list[Trajectory]:
 
 
 def printable(text: str) -> str:
-    """`text` with everything that a terminal would obey or hide written as an escape.
+    r"""`text` with everything that a terminal would obey or hide written as an escape.
 
-    >>> printable("a\\n\\x1b[31mb")
-    'a\\\\n\\\\x1b[31mb'
+    >>> printable("a\n\x1b[31mb")
+    'a\\n\\x1b[31mb'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
