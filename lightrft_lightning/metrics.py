@@ -14,7 +14,8 @@ def mean(values: Sequence[float]) -> float:
 
 def combine_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of one optimizer step from those of its passes: loss and KL are shares that add up, ``*_max`` stay
-    maxima, the rest is averaged."""
+    maxima, the rest is averaged.
+    """
     combined: dict[str, float] = {}
     for name in passes[0] if passes else ():
         values = [p[name] for p in passes]

@@ -156,7 +156,7 @@ class RLHFModule(pl.LightningModule):
                 completion=completion,
                 group=group,
                 policy_version=engine.version,
-                text=self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                text=str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)),
             )
             for group, (prompt, drawn) in enumerate(zip(prompts, completions, strict=True))
             for completion in drawn
@@ -246,7 +246,8 @@ class RLHFModule(pl.LightningModule):
 
     def _step(self, loss: Tensor, passes: int) -> None:
         """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
-        strategy, optimizer, scheduler = self.strategy, self.optimizers(), self.lr_schedulers()
+        strategy, scheduler = self.strategy, self.lr_schedulers()
+        optimizer: Any = self.optimizers()
         strategy.backward(loss * passes * strategy.world_size, self.actor, optimizer, accumulation_steps=passes)
         strategy.optimizer_step(optimizer, self.actor, scheduler, "actor", accumulation_steps=passes)
 
@@ -283,7 +284,7 @@ class RLHFModule(pl.LightningModule):
         if self.reference is not None:
             yield self.reference
             return
-        with self.actor.disable_adapter():  # type: ignore[union-attr]
+        with self.actor.disable_adapter():  # type: ignore[union-attr, operator]
             yield self.actor
 
     # ---------------------------------------------------------------- evaluation

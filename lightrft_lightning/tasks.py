@@ -54,6 +54,8 @@ def addition(
     seed: int = 0,
     split: str = "all",
     template: str = "What is {a} + {b}? Reply with only the number.",
+    answer_template: str = "{sum}",
+    reverse: bool = False,
 ) -> list[Row]:
     """Sums of two integers from `low` to `high`, both included. No problem comes twice until all have come.
 
@@ -65,6 +67,9 @@ def addition(
         split: ``train`` and ``val`` share no problem, also with other sizes and seeds: a pair belongs to ``val`` if a
             checksum of it, the same for a + b and b + a, is a multiple of 5. ``all`` takes both.
         template: format string over ``a`` and ``b``.
+        answer_template: format string over ``sum``, e.g. ``{sum:03}`` for a fixed width.
+        reverse: write the answer from its last character to its first. A model that starts from nothing learns
+            addition much faster with the least significant digit first, as carries then come from what it has written.
 
     Returns:
         Rows with ``prompt`` and ``answer``, both text.
@@ -77,7 +82,10 @@ def addition(
     if size < 1 or low > high:
         raise ValueError(f"addition(size={size}, low={low}, high={high}): needs size >= 1 and low <= high")
     pairs = _pairs(size, low, high, split, random.Random(seed))
-    return [{"prompt": template.format(a=a, b=b), "answer": str(a + b)} for a, b in pairs]
+    step = -1 if reverse else 1
+    return [
+        {"prompt": template.format(a=a, b=b), "answer": answer_template.format(sum=a + b)[::step]} for a, b in pairs
+    ]
 
 
 def _pairs(size: int, low: int, high: int, split: str, rng: random.Random) -> Iterator[tuple[int, int]]:

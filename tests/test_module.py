@@ -362,7 +362,7 @@ def test_bad_settings(settings, message):
 def test_needs_a_lightrft_strategy_and_one_engine(tmp_path):
     with pytest.raises(TypeError, match="lightrft_fake"):
         make_trainer(tmp_path, strategy="auto").fit(make_module(), make_data())
-    with pytest.raises(ValueError, match="exactly one rollout engine.*found 2"):
+    with pytest.raises(ValueError, match=r"exactly one rollout engine.*found 2"):
         make_trainer(tmp_path, callbacks=[TransformersRollout()]).fit(make_module(), make_data())
 
 

@@ -98,3 +98,11 @@ def test_neighbouring_seeds_of_reasoning_gym_share_no_rows():
         return {row["prompt"] for row in reasoning_gym("chain_sum", size=40, seed=seed, min_digits=4)}
 
     assert not prompts(1) & prompts(2)
+
+
+def test_answers_of_a_fixed_width_from_the_last_digit():
+    rows = make_task({"task": "digits_addition", "size": 50, "answer_template": "{sum:03}", "reverse": True})
+    for row in rows:
+        a, b = row["prompt"].rstrip("=").split("+")
+        assert int(row["answer"][::-1]) == int(a) + int(b)
+        assert len(row["answer"]) == 3

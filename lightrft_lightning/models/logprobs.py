@@ -92,7 +92,7 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    pretrained = import_extra("transformers", "demo").PreTrainedModel
+    pretrained = import_extra("transformers", "hf").PreTrainedModel
     found = next((module for module in model.modules() if isinstance(module, pretrained)), None)
     if found is None or found.base_model is found or found.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
