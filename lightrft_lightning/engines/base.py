@@ -42,11 +42,13 @@ class RolloutEngine(ABC):
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over the trainer's weights and set `version`."""
 
-    def sleep(self, level: int = 1) -> None:
+    # The rest is optional: an engine that shares the trainer's model has nothing of its own to give back.
+
+    def sleep(self, level: int = 1) -> None:  # noqa: B027
         """Give device memory back. Idempotent; an engine with nothing of its own does nothing."""
 
-    def wake_up(self) -> None:
+    def wake_up(self) -> None:  # noqa: B027
         """Undo `sleep`. Idempotent."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release everything. Idempotent."""
