@@ -11,7 +11,7 @@ from lightrft_lightning.callbacks import ProgressLine
 from lightrft_lightning.callbacks.progress import planned_iterations
 
 LINE = re.compile(
-    r"^ *(?P<label>\d+(/\d+)?|val)  reward +(?P<reward>-?\d\.\d{3}|n/a)(?: \((?P<change>[+-]\d\.\d{3})\))? +"
+    r"^ *(?P<label>\d+(/\d+)?|val)  reward +(?P<reward>-?\d+\.\d{3}|n/a)(?: \((?P<change>[+-]\d+\.\d{3})\))? +"
     r"length +(?P<length>\d+\.\d)  .* (?P<seconds>\d+\.\d) s  elapsed (?P<elapsed>\d+:\d\d)"
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
