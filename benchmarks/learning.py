@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import subprocess
 import sys
 import time
@@ -30,40 +31,44 @@ def main() -> None:
     rows, curves = [], {}
     for seed in arguments.seeds:
         with TemporaryDirectory() as folder:
-            minutes, metrics = run(arguments.config, seed, Path(folder), flags)
-        rewards, validation = (column(metrics, "train/reward"), column(metrics, "val/reward"))
-        curves[seed] = rewards
-        rows.append(summarise(seed, rewards, validation, minutes))
+            minutes, output, metrics = run(arguments.config, seed, Path(folder), flags)
+        curves[seed] = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
+        rows.append(summarise(seed, output, curves[seed], minutes))
         print(rows[-1], flush=True)
     name = f"learning_{arguments.config.stem}"
     plot(curves, RESULTS / f"{name}.png", arguments.config.stem)
-    report(name, rows, {"config": arguments.config.name, "flags": flags, "curves": curves})
+    report(name, rows, {"config": arguments.config.name, "flags": flags})
 
 
-def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, list[dict[str, str]]]:
-    """One run; returns its minutes and the rows of Lightning's `metrics.csv`."""
+def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, str, list[dict[str, str]]]:
+    """One run; returns its minutes, what it printed and the rows of Lightning's `metrics.csv`."""
     command = [sys.executable, "-m", "lightrft_lightning.cli", "fit", "--config", str(config)]
     command += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
     command += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(folder)]
+    lines = []
     start = time.perf_counter()
-    subprocess.run([*command, *flags], check=True)
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"seed {seed} ended with exit code {process.returncode}")
     minutes = (time.perf_counter() - start) / 60
     with next(folder.rglob("metrics.csv")).open() as file:
-        return minutes, list(csv.DictReader(file))
+        return minutes, "".join(lines), list(csv.DictReader(file))
 
 
-def column(metrics: list[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in metrics if row.get(name)]
-
-
-def summarise(seed: int, rewards: list[float], validation: list[float], minutes: float) -> dict[str, Any]:
+def summarise(seed: int, output: str, rewards: list[float], minutes: float) -> dict[str, Any]:
+    """The validation rewards are those of the summary line: loggers do not see the one before training."""
+    found = re.search(r"validation reward (-?[\d.]+) -> (-?[\d.]+)", output)
+    before, after = map(float, found.groups()) if found else (math.nan, math.nan)
     window = max(1, math.ceil(len(rewards) / 10))
     return {
         "seed": seed,
-        "val reward, first": validation[0] if validation else math.nan,
-        "val reward, last": validation[-1] if validation else math.nan,
-        f"train reward, first {window}": mean(rewards[:window]),
-        f"train reward, last {window}": mean(rewards[-window:]),
+        "validation before": before,
+        "validation after": after,
+        f"training, first {window}": mean(rewards[:window]),
+        f"training, last {window}": mean(rewards[-window:]),
         "iterations": len(rewards),
         "minutes": minutes,
     }

@@ -64,7 +64,7 @@ class ProgressLine(Callback):
             f"reward {reward}",
             change,
             f"length {_number(metric(trainer, 'train/length'), 5, 1)}",
-            f"{_number(metric(trainer, 'time/tokens_per_second'), 4, 0)} tok/s",
+            f"{_number(metric(trainer, 'time/tokens_per_second'), 5, 0)} tok/s",
             f"{seconds:5.1f} s",
             f"elapsed {_clock(now - self._fit_start)}",
         ]
@@ -89,7 +89,7 @@ class ProgressLine(Callback):
             f"reward {reward}",
             change,
             f"length {_number(metric(trainer, 'val/length'), 5, 1)}",
-            " " * len("1234 tok/s"),
+            " " * len("12345 tok/s"),
             f"{seconds:5.1f} s",
             f"elapsed {_clock(now - self._fit_start)}",
         ]
