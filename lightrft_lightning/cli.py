@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 import lightrft_lightning
@@ -49,8 +49,7 @@ DESCRIPTION = (
 class LightRFTCLI(LightningCLI):
     """`LightningCLI` with this package's module, data and defaults.
 
-    `trainer.callbacks` of a YAML file replaces the default callbacks, which ``--print_config`` shows;
-    ``--trainer.callbacks+=EarlyStopping`` adds to them.
+    Where neither YAML nor flags give `trainer.callbacks`, the callbacks are `DEFAULT_CALLBACKS`.
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
@@ -71,15 +70,17 @@ class LightRFTCLI(LightningCLI):
         )
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        callbacks = [{"class_path": name} for name in DEFAULT_CALLBACKS]
-        parser.set_defaults({"trainer.callbacks": callbacks})
-
-    @override
     def before_instantiate_classes(self) -> None:
-        name = self._get(self.config, "trainer").strategy
+        trainer = self._get(self.config, "trainer")
+        name = trainer.strategy
         if isinstance(name, str) and name.lower() not in available_strategies():
             raise ValueError(unknown_name("strategy", name, available_strategies()))
+        if trainer.callbacks is None:
+            # Not as a default of the parser: it would mix the default list into a user's list of the same length.
+            chosen = {"trainer": {"callbacks": list(DEFAULT_CALLBACKS)}}
+            self.config[self.subcommand] = self._parser(self.subcommand).parse_object(
+                chosen, self.config[self.subcommand]
+            )
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -98,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 after an error.
     """
-    for noise in ("isinstance.*LeafSpec", "The '.*_dataloader' does not have many workers"):
+    for noise in ("isinstance.*LeafSpec", "The .* does not have many workers", "Total length of .* is zero"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     try:
         import_extra("jsonargparse", "cli")
