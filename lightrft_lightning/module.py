@@ -8,11 +8,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
@@ -121,9 +122,9 @@ class RLHFModule(pl.LightningModule):
         self._check_settings()
         self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self._save_hyperparameters(model, rewards)
-        self._source = model
+        self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
-        self.actor: PreTrainedModel | None = None
+        self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None
         self.reference: PreTrainedModel | None = None
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
@@ -321,9 +322,10 @@ class RLHFModule(pl.LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded at first use."""
+        """The tokenizer; without one of its own that of the model's source, loaded at first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._source)
+            actor: Any = self.actor
+            self._tokenizer = load_tokenizer(self._source or actor.config.name_or_path)
         return self._tokenizer
 
     @property
@@ -352,11 +354,9 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def configure_model(self) -> None:
-        if self.actor is not None:
-            return
-        self.actor = load_model(self._source) if isinstance(self._source, str | Mapping) else self._source
-        self.actor.train()
-        if self.kl_coef and not hasattr(self.actor, "disable_adapter"):
+        if self.actor is None:
+            self.actor = load_model(self._source).train()
+        if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
 
     @override
@@ -513,7 +513,7 @@ class RLHFModule(pl.LightningModule):
         plain = {
             "sampling": dataclasses.asdict(self.sampling),
             "val_sampling": dataclasses.asdict(self.val_sampling),
-            "model": model if isinstance(model, str | Mapping) else None,
+            "model": str(model) if isinstance(model, PathLike) else model if isinstance(model, str | Mapping) else None,
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
         }
         names = (

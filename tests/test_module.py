@@ -288,14 +288,20 @@ def test_weight_averaging(tmp_path):
         ({"limit_train_batches": 2}, 2),
         ({"fast_dev_run": True}, 1),
         ({"max_steps": 3, "max_epochs": -1}, 3),
-        ({"max_time": "00:00:00:00", "max_epochs": -1}, 1),
     ],
-    ids=["limit_train_batches", "fast_dev_run", "max_steps", "max_time"],
+    ids=["limit_train_batches", "fast_dev_run", "max_steps"],
 )
 def test_trainer_limits(tmp_path, settings, iterations):
     module = make_module()
     make_trainer(tmp_path, **settings).fit(module, make_data())
     assert module.iteration == iterations
+
+
+def test_max_time(tmp_path):
+    module = make_module()
+    trainer = make_trainer(tmp_path, max_time={"seconds": 2}, max_epochs=10_000, limit_val_batches=0)
+    trainer.fit(module, make_data())
+    assert 1 <= module.iteration < 1000
 
 
 def test_validate_test_and_predict_without_fit(tmp_path):
@@ -359,11 +365,12 @@ def test_bad_settings(settings, message):
         make_module(**settings)
 
 
-def test_needs_a_lightrft_strategy_and_one_engine(tmp_path):
+def test_needs_a_lightrft_strategy_and_an_engine(tmp_path):
     with pytest.raises(TypeError, match="lightrft_fake"):
         make_trainer(tmp_path, strategy="auto").fit(make_module(), make_data())
-    with pytest.raises(ValueError, match=r"exactly one rollout engine.*found 2"):
-        make_trainer(tmp_path, callbacks=[TransformersRollout()]).fit(make_module(), make_data())
+    trainer = pl.Trainer(strategy="lightrft_fake", accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"exactly one rollout engine.*found 0"):
+        trainer.fit(make_module(), make_data())
 
 
 def test_rows_that_cannot_fit_are_refused_before_the_first_rollout(tmp_path):
@@ -374,7 +381,9 @@ def test_rows_that_cannot_fit_are_refused_before_the_first_rollout(tmp_path):
 def test_checkpoint_of_another_model(tmp_path):
     fit(tmp_path, make_module(), 1)
     other = make_module(model=tiny_llama(seed=0, width=64, layers=2))
-    with pytest.raises(CheckpointError, match=r"another model: actor.*\(15, 32\)|another model: actor"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: actor\..* has shape \(16, 32\) there and \(16, 64\) here"
+    ):
         make_trainer(tmp_path).fit(other, make_data(), ckpt_path=tmp_path / "last.ckpt")
 
 
@@ -382,7 +391,7 @@ def test_truncated_checkpoint(tmp_path):
     fit(tmp_path, make_module(), 1)
     path = tmp_path / "last.ckpt"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="incomplete or damaged"):
+    with pytest.raises(CheckpointError, match="incomplete, damaged"):
         make_trainer(tmp_path).fit(make_module(), make_data(), ckpt_path=path)
 
 
