@@ -124,7 +124,7 @@ class RLHFModule(pl.LightningModule):
         self._save_hyperparameters(model, rewards)
         self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
-        self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None
+        self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []

@@ -15,12 +15,9 @@ from lightrft_lightning.callbacks._output import console, metric, rlhf_module, t
 if TYPE_CHECKING:
     from lightrft_lightning.module import RLHFModule
 
-WIDE = 120
-"""Columns from which a terminal gets the times of the parts as well; a log file always does."""
-
 
 class ProgressLine(Callback):
-    """Prints one line after every iteration and every validation.
+    """Prints one line after every iteration and every validation; what does not fit a terminal is left out.
 
     It takes the place of Lightning's progress bar: use it with ``Trainer(enable_progress_bar=False)``. Needs the extra
     ``cli``. The number behind the reward is its change since the line before of the same kind.
@@ -59,17 +56,17 @@ class ProgressLine(Callback):
         if not trainer.is_global_zero or (module.iteration % self.every_n and module.iteration != planned):
             return
         reward, change = self._with_change("train", train_reward(trainer, module))
-        columns = [
+        parts = [f"{name} {_number(metric(trainer, f'time/{name}'), 0, 1)} s" for name in ("rollout", "update")]
+        self._print(
             f"{module.iteration:>{len(str(planned or 1000))}}" + (f"/{planned}" if planned else ""),
-            f"reward {reward}",
+            reward,
             change,
             f"length {_number(metric(trainer, 'train/length'), 5, 1)}",
-            f"{_number(metric(trainer, 'time/tokens_per_second'), 5, 0)} tok/s",
             f"{seconds:5.1f} s",
             f"elapsed {_clock(now - self._fit_start)}",
-        ]
-        parts = [f"{name} {_number(metric(trainer, f'time/{name}'), 0, 1)} s" for name in ("rollout", "update")]
-        self._print(columns, f"({', '.join(parts)})")
+            f"{_number(metric(trainer, 'time/tokens_per_second'), 5, 0)} tok/s",
+            f"({', '.join(parts)})",
+        )
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,16 +81,15 @@ class ProgressLine(Callback):
             return  # outside of `fit` Lightning prints a table of its own
         planned = str(planned_iterations(trainer, rlhf_module(self, pl_module)) or "")
         reward, change = self._with_change("val", metric(trainer, "val/reward"))
-        columns = [
+        self._print(
             "val".rjust(2 * len(planned) + 1 if planned else 4),
-            f"reward {reward}",
+            reward,
             change,
             f"length {_number(metric(trainer, 'val/length'), 5, 1)}",
-            " " * len("12345 tok/s"),
             f"{seconds:5.1f} s",
             f"elapsed {_clock(now - self._fit_start)}",
-        ]
-        self._print(columns, "(before training)" if trainer.sanity_checking else "")
+            "(before training)" if trainer.sanity_checking else "",
+        )
 
     def _with_change(self, kind: str, reward: float | None) -> tuple[str, str]:
         """The reward, and how it changed since the last line of this kind; each with a fixed width."""
@@ -103,21 +99,17 @@ class ProgressLine(Callback):
         self._previous[kind] = reward
         return f"{reward:6.3f}", " " * 8 if before is None else f"({reward - before:+.3f})"
 
-    def _print(self, columns: list[str], details: str) -> None:
+    def _print(self, label: str, reward: str, change: str, *columns: str) -> None:
         from rich.text import Text
 
         out = console()
-        label, reward, change, *rest = columns
         line = Text(f"{label}  ", style="dim" if label.strip() == "val" else "")
-        line.append(reward, style="bold").append(" ")
-        line.append(change, style="green" if "+" in change else "red").append("  ")
-        line.append("  ".join(rest))
-        if details and (not out.is_terminal or out.width >= WIDE):
-            line.append(f"  {details}", style="dim")
-        if out.is_terminal:
-            out.print(line, no_wrap=True, overflow="ellipsis")
-        else:
-            out.print(line, soft_wrap=True)
+        line.append(f"reward {reward}", style="bold").append(" ")
+        line.append(change, style="green" if "+" in change else "red")
+        for column in columns:
+            if not out.is_terminal or line.cell_len + 2 + len(column) <= out.width:
+                line.append(f"  {column}" if column else "")
+        out.print(line, soft_wrap=True)
 
 
 def planned_iterations(trainer: pl.Trainer, module: RLHFModule) -> int | None:

@@ -12,7 +12,7 @@ from lightrft_lightning.callbacks.progress import planned_iterations
 
 LINE = re.compile(
     r"^ *(?P<label>\d+(/\d+)?|val)  reward +(?P<reward>-?\d+\.\d{3}|n/a)(?: \((?P<change>[+-]\d+\.\d{3})\))? +"
-    r"length +(?P<length>\d+\.\d)  .* (?P<seconds>\d+\.\d) s  elapsed (?P<elapsed>\d+:\d\d)"
+    r"length +(?P<length>\d+\.\d) +(?P<seconds>\d+\.\d) s  elapsed (?P<elapsed>\d+:\d\d)"
 )
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -31,7 +31,7 @@ def test_one_line_an_iteration_and_a_validation(fit, capsys):
     assert "\x1b" not in text
     assert float(lines[-1]["reward"]) == pytest.approx(float(trainer.callback_metrics["val/reward"]), abs=6e-4)
     assert float(lines[-2]["length"]) == pytest.approx(float(trainer.callback_metrics["train/length"]), abs=0.06)
-    assert re.search(r"4/4 .* \d+ tok/s .*\(rollout \d+\.\d s, update \d+\.\d s\)$", text, re.M)
+    assert re.search(r"4/4 .* \d+ tok/s  \(rollout \d+\.\d s, update \d+\.\d s\)$", text, re.M)
 
 
 def test_change_is_against_the_line_of_the_same_kind(fit, capsys):
@@ -83,6 +83,7 @@ def test_a_line_fits_the_terminal(fit, terminal, width):
     assert len(lines) == 12
     assert max(map(len, lines)) <= width
     assert all(("elapsed" in line) == (width >= 80) for line in lines)
+    assert all(line.endswith((" s", " tok/s", ")")) or re.search(r"elapsed \d+:\d\d$", line) for line in lines)
     assert all(("rollout" in line) == (width >= 120) for line in lines)
 
 
