@@ -106,9 +106,10 @@ class ProgressLine(Callback):
         line = Text(f"{label}  ", style="dim" if label.strip() == "val" else "")
         line.append(f"reward {reward}", style="bold").append(" ")
         line.append(change, style="green" if "+" in change else "red")
-        for column in columns:
-            if not out.is_terminal or line.cell_len + 2 + len(column) <= out.width:
-                line.append(f"  {column}" if column else "")
+        for column in filter(None, columns):
+            if out.is_terminal and line.cell_len + 2 + len(column) > out.width:
+                break
+            line.append(f"  {column}")
         out.print(line, soft_wrap=True)
 
 
