@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,9 @@ class RewardCurve(Callback):
             style = {"alpha": 0.35} if with_mean else {"marker": "."}
             axes.plot(x, y, color="tab:blue", label="training", **style)
         if with_mean:
-            mean = [sum(y[i : i + MEAN_OVER]) / MEAN_OVER for i in range(len(y) - MEAN_OVER + 1)]
-            axes.plot(x[MEAN_OVER - 1 :], mean, color="tab:blue", label=f"training, mean of {MEAN_OVER}")
+            # Each mean stands in the middle of its iterations, so that the curve does not lag behind.
+            mean_x, mean_y = _running_mean(x), _running_mean(y)
+            axes.plot(mean_x, mean_y, color="tab:blue", label=f"training, mean of {MEAN_OVER}")
         if self.val:
             axes.plot(*zip(*self.val, strict=True), color="tab:orange", marker="o", label="validation")
         axes.set(xlabel="iteration", ylabel="mean reward")
@@ -129,3 +131,7 @@ class RewardCurve(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train = [(iteration, reward) for iteration, reward in state_dict["train"]]
         self.val = [(iteration, reward) for iteration, reward in state_dict["val"]]
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    return [sum(values[i : i + MEAN_OVER]) / MEAN_OVER for i in range(len(values) - MEAN_OVER + 1)]
