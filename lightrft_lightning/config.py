@@ -175,6 +175,9 @@ class StrategyConfig:
                 f"fsdp=True with zero_stage={self.zero_stage}: FSDP2 has no ZeRO stages. "
                 "Leave zero_stage out, or set fsdp=False to use DeepSpeed"
             )
+        for name, value in (("sp_size", self.sp_size > 1), ("use_mp_opt", self.use_mp_opt)):
+            if value:
+                raise ValueError(f"{name}={getattr(self, name)!r}: no back end of this package has it; leave it out")
         if self.fsdp_cpu_offload and not self.fsdp:
             raise ValueError("fsdp_cpu_offload=True needs fsdp=True (DeepSpeed's offload is adam_offload=True)")
         if self.reward_running_norm_minus_mean and not self.reward_running_norm:

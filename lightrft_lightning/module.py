@@ -70,6 +70,8 @@ class RLHFModule(pl.LightningModule):
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: lay out a group with its prompt once; False pads one row a completion.
         seed: fixes all sampling; default: Lightning's global seed.
+        reward_deadline: seconds that one call of a reward function may take.
+        reward_on_error: ``drop`` leaves a sample whose reward failed out of the update; a number is its reward.
 
     Raises:
         ValueError: an unknown name, or settings that cannot work together; before anything is loaded.
@@ -99,6 +101,8 @@ class RLHFModule(pl.LightningModule):
         token_budget: int = 8192,
         share_prompts: bool = True,
         seed: int | None = None,
+        reward_deadline: float = 30.0,
+        reward_on_error: str | float = "drop",
     ) -> None:
         super().__init__()
         if model is None or rewards is None:
@@ -120,8 +124,12 @@ class RLHFModule(pl.LightningModule):
         self.token_budget, self.share_prompts = token_budget, share_prompts
         self.seed = global_seed() if seed is None else seed
         self._check_settings()
-        self.rewards = rewards if isinstance(rewards, Rewards) else Rewards(rewards)
         self._save_hyperparameters(model, rewards)
+        if not isinstance(rewards, Rewards):
+            rewards = Rewards(rewards, deadline=reward_deadline, on_error=reward_on_error)
+        elif (reward_deadline, reward_on_error) != (30.0, "drop"):
+            raise ValueError("`rewards` is a `Rewards`: set its deadline and on_error there")
+        self.rewards = rewards
         self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
@@ -440,12 +448,13 @@ class RLHFModule(pl.LightningModule):
             ValueError: a field asks for something that this release does not have.
         """
         refused = (
-            "critic_pretrain", "remote_rm_url", "pretrain_data", "mixed_mm_data", "reward_running_norm",
-            "advantages_norm", "overlong_buffer", "dynamic_sampling", "plot_every", "use_tensorboard",
+            "critic_pretrain", "critic_learning_rate", "remote_rm_url", "pretrain_data", "mixed_mm_data",
+            "micro_rollout_batch_size", "reward_running_norm", "advantages_norm", "overlong_buffer",
+            "dynamic_sampling", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
             if getattr(config, name) != type(config).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={getattr(config, name)!r} is not available yet in this release")
+                raise ValueError(f"{name}={getattr(config, name)!r}: RLHFModule does not have this yet, leave it out")
         if config.use_kl_loss and not settings.get("kl_coef"):
             raise ValueError("use_kl_loss=True needs kl_coef=<weight of the penalty>")
         sampling = _as_sampling(settings.pop("sampling", SamplingParams()))

@@ -409,9 +409,15 @@ def test_from_config_wires_the_fields():
     assert (module.lr, module.weight_decay, module.warmup_ratio, module.seed) == (2e-4, 0.1, 0.2, 9)
 
 
+def test_failed_rewards_may_get_a_fixed_value(tmp_path):
+    module = make_module(rewards=lambda completion: 1 / 0, reward_on_error=-2.0)
+    make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+    assert {t.reward for t in module.last_trajectories} == {-2.0}
+
+
 @pytest.mark.parametrize(
     "field", [{"dynamic_sampling": True}, {"critic_pretrain": "x"}, {"overlong_buffer": True}, {"plot_every": 5}]
 )
 def test_from_config_refuses_what_it_cannot_do(field):
-    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not available"):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*does not have this yet"):
         RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)
