@@ -183,7 +183,7 @@ class RLHFModule(pl.LightningModule):
             members[t.group] = members.get(t.group, 0) + 1
         usable = [t for t in scored if members[t.group] >= 2]
         if not usable:
-            log.warning("iteration %d: no group has two scored completions%s", self.iteration, _NOTHING_TO_LEARN)
+            log.warning("iteration %d: no group has two scored completions%s", self.iteration + 1, _NOTHING_TO_LEARN)
             return []
         rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
         if self.reward_clip > 0:
@@ -195,7 +195,7 @@ class RLHFModule(pl.LightningModule):
         for t, value in zip(usable, values.tolist(), strict=True):
             t.advantages = (value,) * len(t.mask)
         if not values.any():
-            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration, _NOTHING_TO_LEARN)
+            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration + 1, _NOTHING_TO_LEARN)
         return usable
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
@@ -308,7 +308,6 @@ class RLHFModule(pl.LightningModule):
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions as dicts with ``prompt``, ``completion``, ``token_ids`` and ``finish_reason``."""
-        sampling = dataclasses.replace(self.val_sampling, seed=derive_seed(self.seed, batch_idx))
         return [
             {
                 "prompt": t.prompt.text,
@@ -316,12 +315,11 @@ class RLHFModule(pl.LightningModule):
                 "token_ids": list(t.completion.token_ids),
                 "finish_reason": t.completion.finish_reason,
             }
-            for t in self.rollout(batch, sampling)
+            for t in self.rollout(batch, self._evaluation_sampling(batch_idx))
         ]
 
     def _evaluate(self, batch: list[Prompt], batch_idx: int, stage: str) -> None:
-        sampling = dataclasses.replace(self.val_sampling, seed=derive_seed(self.seed, batch_idx))
-        trajectories = self.rollout(batch, sampling)
+        trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
         self.rewards.score(trajectories)
         metrics = {f"{stage}/{name}": value for name, value in reward_metrics(trajectories).items()}
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(trajectories), sync_dist=True)
@@ -531,6 +529,11 @@ class RLHFModule(pl.LightningModule):
             "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
+
+    def _evaluation_sampling(self, batch_idx: int) -> SamplingParams:
+        """The same draws at every evaluation, so that two of them differ by their weights alone."""
+        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, self.trainer.global_rank)
+        return dataclasses.replace(self.val_sampling, seed=seed)
 
     def _iteration_sampling(self) -> SamplingParams:
         seed = derive_seed(self.seed, self.sampling.seed, self.iteration, self.trainer.global_rank)
