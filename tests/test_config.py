@@ -306,3 +306,9 @@ def test_bf16_applies_to_a_cpu_only_when_asked_for():
     assert StrategyConfig(bf16=True).compute_dtype(cpu) == torch.bfloat16
     assert StrategyConfig().compute_dtype(gpu) == torch.bfloat16
     assert StrategyConfig(bf16=False).compute_dtype(gpu) == torch.float32
+
+
+@pytest.mark.parametrize("field", [{"sp_size": 2}, {"use_mp_opt": True}])
+def test_what_no_back_end_has_is_refused(field):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*no back end of this package has it"):
+        StrategyConfig(**field)

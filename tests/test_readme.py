@@ -81,7 +81,8 @@ def test_the_loop_runs(tmp_path, monkeypatch):
 def test_all_that_is_named_exists():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / path).exists(), path
-    for name in lightrft_lightning.available_strategies():
+    # Other tests register strategies of their own in the same process.
+    for name in (n for n in lightrft_lightning.available_strategies() if n.startswith("lightrft_")):
         stem = name.removesuffix("_offload").removeprefix("lightrft_deepspeed")
         assert f"`{name}`" in TEXT or f"`{stem}`" in TEXT, name
     named = set(re.findall(r"\| `([A-Z]\w+)\(", TEXT))

@@ -191,8 +191,10 @@ def test_documented_methods_exist_and_a_dict_is_read():
     assert FakeStrategy(args=argparse.Namespace(seed=1)).args.seed == 1
 
 
-def test_use_mp_opt_with_adam_offload_trains():
-    strategy = FakeStrategy(use_mp_opt=True, adam_offload=True)
+def test_use_mp_opt_is_refused_where_it_is_set_and_adam_offload_alone_trains():
+    with pytest.raises(ValueError, match="use_mp_opt=True: no back end of this package has it"):
+        FakeStrategy(use_mp_opt=True, adam_offload=True)
+    strategy = FakeStrategy(adam_offload=True)
     assert move(strategy, *model_and_optimizer(strategy)) > 0
 
 
