@@ -38,7 +38,7 @@ class StrategyConfig:
     Example:
         >>> config = StrategyConfig(max_norm=0.5, micro_train_batch_size=4, train_batch_size=8)
         >>> print(config.summary())
-        StrategyConfig, 3 of 44 fields differ from the defaults:
+        StrategyConfig, 3 of 45 fields differ from the defaults:
           max_norm = 0.5 (default 1.0)
           micro_train_batch_size = 4 (default 1)
           train_batch_size = 8 (default 128)
@@ -60,6 +60,8 @@ class StrategyConfig:
     bf16: bool = True
     """Compute in bfloat16 (fp32 weights). Left at its default it applies to accelerators only, since CPUs emulate it;
     set explicitly it applies everywhere. Inside a `Trainer`, `Trainer(precision=...)` decides."""
+    fp16: bool = False
+    """Compute in float16 (fp32 weights) with a dynamic loss scale, in place of `bf16`. Likewise."""
     actor_learning_rate: float = 1e-5
     critic_learning_rate: float = 1e-5
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -175,6 +177,8 @@ class StrategyConfig:
                 f"fsdp=True with zero_stage={self.zero_stage}: FSDP2 has no ZeRO stages. "
                 "Leave zero_stage out, or set fsdp=False to use DeepSpeed"
             )
+        if self.fp16 and self.bf16 and self.is_set("bf16"):
+            raise ValueError("fp16=True with bf16=True: leave one out")
         for name, value in (("sp_size", self.sp_size > 1), ("use_mp_opt", self.use_mp_opt)):
             if value:
                 raise ValueError(f"{name}={getattr(self, name)!r}: no back end of this package has it; leave it out")
@@ -240,7 +244,9 @@ class StrategyConfig:
         return config
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that a hand-written loop computes in on `device`; see the field `bf16`."""
+        """The dtype that a hand-written loop computes in on `device`; see the fields `bf16` and `fp16`."""
+        if self.fp16:
+            return torch.float16
         wants_bf16 = self.bf16 and (device.type != "cpu" or self.is_set("bf16"))
         return torch.bfloat16 if wants_bf16 else torch.float32
 

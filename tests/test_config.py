@@ -21,6 +21,7 @@ FIELDS = {
     "micro_train_batch_size": 1,
     "train_batch_size": 128,
     "bf16": True,
+    "fp16": False,
     "zero_stage": 2,
     "fsdp": False,
     "fsdp_cpu_offload": False,
@@ -290,10 +291,10 @@ def test_copies_of_a_config_without_args(make):
 
 
 def test_summary_lists_what_differs():
-    assert StrategyConfig().summary() == "StrategyConfig, 0 of 44 fields differ from the defaults:"
+    assert StrategyConfig().summary() == "StrategyConfig, 0 of 45 fields differ from the defaults:"
     config = StrategyConfig.from_args({"max_norm": 0.5, "seed": 42, "mine": "x"})
     assert config.summary().splitlines() == [
-        "StrategyConfig, 1 of 44 fields differ from the defaults:",
+        "StrategyConfig, 1 of 45 fields differ from the defaults:",
         "  max_norm = 0.5 (default 1.0)",
         "  mine = 'x' (extra)",
     ]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -41,11 +43,15 @@ GIB = 2**30
 
 @dataclass
 class _Trained:
-    """What the strategy knows about one model: its optimizer and scheduler, or which parameters it froze."""
+    """What the strategy knows about one model: how it is trained, or which parameters it froze."""
 
     optimizer: Optimizer | None = None
     scheduler: Any = None
     frozen: tuple[nn.Parameter, ...] = ()
+    scaler: torch.amp.GradScaler | None = None
+    """Loss scale, in float16 only."""
+    engine: Any = None
+    """DeepSpeed's engine."""
 
 
 class StrategyBase(InferenceEngines, Strategy):
@@ -92,6 +98,7 @@ class StrategyBase(InferenceEngines, Strategy):
         """Optimizer steps made, over all optimizers."""
         self._models: WeakKeyDictionary[nn.Module, _Trained] = WeakKeyDictionary()
         self._pending: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._step_to_make: Callable[[], Any] | None = None
 
     def _split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         fields = {f for f in StrategyConfig.__dataclass_fields__}
@@ -272,10 +279,18 @@ class StrategyBase(InferenceEngines, Strategy):
 
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
         """Hook: how this back end wraps a model. Here: mixed precision around its forward pass."""
-        dtype = self.config.compute_dtype(self.root_device)
+        dtype = self.compute_dtype
         if dtype != torch.float32 and not hasattr(model, "_lightrft_autocast"):
             model._lightrft_autocast = _Autocast(model, self.root_device.type, dtype)  # type: ignore[assignment]
         return model
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of forward and backward passes; inside a `Trainer`, ``Trainer(precision=...)`` decides."""
+        if self.lightning_module is None:
+            return self.config.compute_dtype(self.root_device)
+        mixed = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+        return mixed.get(str(self.precision_plugin.precision), torch.float32)
 
     def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Where to build a large model.
@@ -330,15 +345,24 @@ class StrategyBase(InferenceEngines, Strategy):
         Returns:
             The gradient norm before clipping, or None if this call did not reach the boundary.
         """
-        if not isinstance(model, nn.Module):
-            positional = () if scheduler is None else (scheduler,)
-            return super().optimizer_step(optimizer, model, *positional, **kwargs)
-        return self._optimizer_step(optimizer, model, scheduler, name, **kwargs)
+        if isinstance(model, nn.Module):
+            return self._optimizer_step(optimizer, model, scheduler, name, **kwargs)
+        if self._step_to_make is not None:  # called from `_make_step`
+            step, self._step_to_make = self._step_to_make, None
+            self.precision_plugin._after_closure(self.lightning_module, optimizer)  # hooks before an optimizer step
+            return step()
+        positional = () if scheduler is None else (scheduler,)
+        return super().optimizer_step(optimizer, model, *positional, **kwargs)
 
     def _backward(
         self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
     ) -> None:
-        (loss / (accumulation_steps or self.accumulation_steps)).backward()
+        loss = loss / (accumulation_steps or self.accumulation_steps)
+        if self.compute_dtype == torch.float16:
+            known = self._models.setdefault(model, _Trained())
+            known.scaler = known.scaler or torch.amp.GradScaler(self.root_device.type)
+            loss = known.scaler.scale(loss)
+        loss.backward()
 
     def _optimizer_step(
         self,
@@ -356,21 +380,44 @@ class StrategyBase(InferenceEngines, Strategy):
         if done < steps and not flush:
             return None
         self._pending[raw] = 0
+        if done < steps:
+            self._finish_partial_accumulation(model)
         parameters = [p for group in raw.param_groups for p in group["params"] if p.grad is not None]
         if done < steps:
             torch._foreach_mul_([p.grad for p in parameters], steps / done)
+        scaler = self._models[model].scaler if model in self._models else None
+        if scaler is not None:
+            scaler.unscale_(raw)
         norm = float(self._clip(parameters))
-        self.grad_norms[name] = norm
-        if torch.isfinite(torch.tensor(norm)):
-            optimizer.step()
-            self.optimizer_steps += 1
+        if self._count_step(norm, name):
+            self._make_step(optimizer, raw.step if scaler is None else lambda: scaler.step(raw))
             if scheduler is not None:
                 scheduler.step()
-        else:
-            self.skipped_steps[name] = self.skipped_steps.get(name, 0) + 1
-            log.warning("%s: gradient norm is %s, step skipped (%d so far)", name, norm, self.skipped_steps[name])
+        if scaler is not None:
+            scaler.update()
         optimizer.zero_grad()
         return norm
+
+    def _finish_partial_accumulation(self, model: nn.Module) -> None:
+        """Hook: make the gradients complete before a step that comes earlier than the last pass had announced."""
+
+    def _count_step(self, norm: float, name: str) -> bool:
+        """Note the gradient norm; True if it is finite, so that the step may be made."""
+        self.grad_norms[name] = norm
+        if math.isfinite(norm):
+            self.optimizer_steps += 1
+            return True
+        self.skipped_steps[name] = self.skipped_steps.get(name, 0) + 1
+        log.warning("%s: gradient norm is %s, step skipped (%d so far)", name, norm, self.skipped_steps[name])
+        return False
+
+    def _make_step(self, optimizer: Any, step: Callable[[], Any]) -> None:
+        """Call `step`; through Lightning's wrapper of the optimizer, if it is one, so that the Trainer counts it."""
+        if not isinstance(optimizer, LightningOptimizer):
+            step()
+            return
+        self._step_to_make = step
+        optimizer.step()
 
     def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
         """Clip by one global norm over all parameter groups; returns the norm before."""
@@ -386,6 +433,22 @@ class StrategyBase(InferenceEngines, Strategy):
                 average.lerp_(parameter.to(average.device, average.dtype), 1 - beta)
             for copy, buffer in zip(ema.buffers(), model.buffers(), strict=True):
                 copy.copy_(buffer)
+
+    # ---------------------------------------------------------------- whole parameters
+
+    @contextlib.contextmanager
+    def gathered_parameters(self, model: nn.Module) -> Iterator[None]:
+        """Inside, `model` has its parameters whole and its forward passes need no other rank.
+
+        Each rank may then run as many passes as it likes, as in generation. All ranks must enter and leave together,
+        and every rank needs the memory for the whole model. No gradient is computed inside.
+        """
+        yield
+
+    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole values of all parameters, each once; all ranks must go through it together."""
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
 
     # ---------------------------------------------------------------- checkpoints
 

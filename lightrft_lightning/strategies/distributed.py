@@ -1,0 +1,187 @@
+"""What the back ends that run in several processes have in common."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from lightrft_lightning._errors import unknown_name
+from lightrft_lightning.strategies.base import StrategyBase
+
+_OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class DistributedStrategy(StrategyBase, ParallelStrategy):
+    """Ranks, devices and collectives of a strategy with a process group; sharding is left to its subclasses.
+
+    Ranks come from the process group once it exists; before, from the cluster environment that the Trainer found.
+
+    Args:
+        timeout: how long a collective may take before it is an error.
+        **kwargs: see `StrategyBase`.
+    """
+
+    # StrategyBase has these for one process and comes first among the base classes.
+    reduce_boolean_decision = ParallelStrategy.reduce_boolean_decision
+    _timeout: timedelta | None = None
+
+    _device: torch.device | None = None
+    """Set by `setup_distributed`; a Trainer sets `parallel_devices` instead."""
+
+    # ---------------------------------------------------------------- ranks and devices
+
+    @property
+    def world_size(self) -> int:  # type: ignore[override]
+        """Number of processes."""
+        return dist.get_world_size() if dist.is_initialized() else _of(ParallelStrategy.world_size, self)
+
+    @property
+    def global_rank(self) -> int:  # type: ignore[override]
+        """This process among all."""
+        return dist.get_rank() if dist.is_initialized() else _of(ParallelStrategy.global_rank, self)
+
+    @property
+    def local_rank(self) -> int:  # type: ignore[override]
+        """This process among those of its machine."""
+        return self._local_rank if self._device is not None else _of(ParallelStrategy.local_rank, self)
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:  # type: ignore[override]
+        return self.global_rank == 0
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:  # type: ignore[override]
+        """The devices that the Trainer uses on this machine."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._parallel_devices = devices
+
+    @property
+    def num_nodes(self) -> int:  # type: ignore[override]
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, value: int) -> None:
+        self._num_nodes = value
+
+    _num_nodes = 1
+    _local_rank = 0
+
+    @property
+    @override
+    def root_device(self) -> torch.device:  # type: ignore[override]
+        if self._device is not None:
+            return self._device
+        return self._parallel_devices[self.local_rank] if self._parallel_devices else torch.device("cpu")
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # ---------------------------------------------------------------- start
+
+    @override
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        """Join the process group that the launcher describes (torchrun, SLURM, ...), or start one of one process.
+
+        Args:
+            timeout: how long a collective may take before it is an error; default: the strategy's own.
+
+        Raises:
+            ValueError: environment variables that contradict each other, or batch sizes that do not divide.
+        """
+        self._join_process_group(timeout or self._timeout)
+        super().setup_distributed()
+
+    def _join_process_group(self, timeout: timedelta | None) -> None:
+        self._device = torch.device("cpu")
+        if dist.is_initialized():
+            return
+        store = None if "WORLD_SIZE" in os.environ else dist.HashStore()
+        ranks = {} if store is None else {"rank": 0, "world_size": 1, "store": store}
+        dist.init_process_group("gloo", timeout=timeout, **ranks)
+
+    # ---------------------------------------------------------------- collectives
+
+    @override
+    def barrier(self, name: str | None = None) -> None:  # type: ignore[override]
+        if dist.is_initialized():
+            dist.barrier(device_ids=None if self.root_device.type == "cpu" else [self.root_device.index])
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:  # type: ignore[override]
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # type: ignore[override]
+        from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    @override
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        """As in `StrategyBase`; numbers come back as numbers, tensors on their own device."""
+        if op not in _OPERATIONS:
+            raise ValueError(unknown_name("reduction", op, _OPERATIONS))
+        if not dist.is_initialized():
+            return data
+        return tree_map(lambda leaf: self._all_reduce_one(leaf, op), data)
+
+    def _all_reduce_one(self, value: Any, op: str) -> Any:
+        if not isinstance(value, Tensor | int | float):
+            return value
+        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+        # In 64 bits: a count of tokens must stay exact, a mean of numbers must not depend on the number of ranks.
+        wide = tensor.to(self.root_device, torch.float64 if op == "mean" or tensor.is_floating_point() else torch.int64)
+        wide = wide.clone() if wide is tensor else wide
+        dist.all_reduce(wide, _OPERATIONS[op])
+        if op == "mean":
+            wide /= self.world_size
+        if not isinstance(value, Tensor):
+            return wide.item()
+        dtype = value.dtype if value.is_floating_point() or op != "mean" else torch.float32
+        return wide.to(value.device, dtype)
+
+    @override
+    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:  # type: ignore[override]
+        """Collect from all ranks. Two call forms: Lightning's has a `group` and stacks along a new first dimension.
+
+        Without a group it is LightRFT's: `tensor` may be nested dicts and lists of tensors and numbers, which are
+        concatenated along dimension 0 in the order of the ranks.
+        """
+        if group is not None:
+            return ParallelStrategy.all_gather(self, tensor, group=group, sync_grads=sync_grads)
+        if not dist.is_initialized():
+            return tensor
+        return tree_map(self._all_gather_one, tensor)
+
+    def _all_gather_one(self, value: Any) -> Any:
+        if not isinstance(value, Tensor | int | float):
+            return value
+        tensor = torch.as_tensor(value).detach()
+        here = (tensor if tensor.ndim else tensor[None]).to(self.root_device).contiguous()
+        gathered = [torch.empty_like(here) for _ in range(self.world_size)]
+        dist.all_gather(gathered, here)
+        return torch.cat(gathered).to(tensor.device)
+
+
+def _of(lightnings: Any, strategy: ParallelStrategy) -> Any:
+    """The value of a property of `ParallelStrategy`, which `StrategyBase` hides."""
+    return lightnings.fget(strategy)
