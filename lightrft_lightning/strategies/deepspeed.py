@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.fsdp import FSDPV2Strategy
 
 
 class DeepspeedStrategy(StrategyBase):
@@ -24,6 +25,8 @@ class DeepspeedStrategy(StrategyBase):
             raise ValueError("DeepspeedStrategy(fsdp=True): leave fsdp out, or use FSDPV2Strategy")
         return config
 
-    _not_available = FSDPV2Strategy._not_available
+    def _not_available(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(f"strategy {self.strategy_name!r} is not available yet in this release")
+
     setup_distributed = setup_environment = prepare = create_optimizer = init_model_context = _not_available
     save_ckpt = load_ckpt = backward = optimizer_step = _not_available

@@ -1,37 +1,316 @@
-"""`FSDPV2Strategy`: name, dispatch and configuration checks; the back end itself is not part of this release."""
+"""`FSDPV2Strategy`: parameters, gradients and optimizer state sharded by FSDP2 (`fully_shard`).
+
+Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import contextlib
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
-from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies.base import _Trained
+from lightrft_lightning.strategies.distributed import DistributedStrategy
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-class FSDPV2Strategy(StrategyBase):
-    """FSDP2 (`fully_shard`). Not available yet: the first thing that would need it says so.
+class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
+    """FSDP2: `fully_shard` for any model, block by block, without sharding code in it.
+
+    Each module that repeats in a list (the decoder layers of a Hugging Face model) is one unit that is gathered and
+    freed by itself; the rest (embeddings, head, norm) is another. Frozen models are sharded as well. Inside a
+    `Trainer` every submodule of the `LightningModule` that has parameters is treated so, unless `configure_model` has
+    sharded it.
+
+    Settings of `StrategyConfig` that matter here: ``zpg`` (ranks of one sharding group; the groups hold replicas of each
+    other), ``bf16`` and ``fp16`` (fp32 weights, low-precision compute, fp32 reduction), ``fsdp_cpu_offload``.
+
+    Args:
+        timeout: how long a collective may take before it is an error.
+        process_group_backend: default: NCCL for GPUs, gloo for CPUs.
+        reshard_after_forward: free the gathered parameters of trained models after the forward pass and gather them
+            again for the backward pass. False trades memory for a third of the communication.
+        **kwargs: see `StrategyBase`.
 
     Raises:
         ValueError: a configuration that contradicts FSDP2, e.g. ``zero_stage=3``.
     """
 
     strategy_name = "lightrft_fsdp"
-    # Any number of devices may be asked for; what says "not available" comes later.
-    parallel_devices = None  # type: ignore[assignment, override]
-    num_nodes = 1  # type: ignore[assignment]
+    optimizer_state = ModelParallelStrategy.optimizer_state
 
+    def __init__(
+        self,
+        *,
+        timeout: timedelta | None = None,
+        process_group_backend: str | None = None,
+        reshard_after_forward: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, **kwargs)
+        self._timeout = timeout
+        self.reshard_after_forward = reshard_after_forward
+
+    @override
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
+        if config.adam_offload:
+            raise ValueError("adam_offload=True is DeepSpeed's; FSDP2's is fsdp_cpu_offload=True")
+        if config.grad_accum_dtype not in (None, "fp32"):
+            raise ValueError(f"grad_accum_dtype={config.grad_accum_dtype!r}: FSDP2 accumulates and reduces in fp32")
         if config.fsdp:
             return config
         if config.is_set("fsdp"):
             raise ValueError("FSDPV2Strategy(fsdp=False): leave it out, or use DeepspeedStrategy")
         return config.replace(fsdp=True)
 
-    def _not_available(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            f"strategy {self.strategy_name!r} is not available yet in this release; use strategy='lightrft_fake', "
-            "which trains in one process"
+    # ---------------------------------------------------------------- start
+
+    @override
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        super().setup_distributed(timeout)
+        self._make_mesh()
+
+    @override
+    def setup_environment(self) -> None:
+        self._check_precision()
+        # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
+        self._setup_distributed()
+        self._check_batch_sizes()
+        self._make_mesh()
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh  # for a `configure_model` that shards by itself
+
+    @override
+    def _configure_launcher(self) -> None:
+        # With one process there is nothing to launch, so that notebooks work.
+        if self.num_processes * self.num_nodes > 1:
+            super()._configure_launcher()
+
+    def _check_precision(self) -> None:
+        precision = str(self.precision_plugin.precision)
+        if precision not in PRECISIONS:
+            raise MisconfigurationException(
+                f"Trainer(precision={precision!r}): {self.strategy_name} keeps fp32 weights and computes in "
+                f"{', '.join(PRECISIONS)}; choose one of these"
+            )
+        if isinstance(self.precision_plugin, MixedPrecision):
+            # FSDP2 casts by itself; autocast on top of it would cast every weight a second time.
+            plugin = _PolicyPrecision(precision, self.precision_plugin.device, self.precision_plugin.scaler)  # type: ignore[arg-type]
+            self.precision_plugin = plugin
+
+    def _make_mesh(self) -> None:
+        world, group = self.world_size, self.config.zpg
+        if world % group:
+            raise ValueError(
+                f"zpg={group} does not divide the world size {world}: sharding groups must have the same size"
+            )
+        kind = self.root_device.type
+        if group in (1, world):
+            mesh = init_device_mesh(kind, (world, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+            self._sharding_mesh = mesh["data_parallel"]
+        else:
+            mesh = init_device_mesh(kind, (world // group, group), mesh_dim_names=("replicate", "shard"))
+            mesh._flatten("data_parallel")
+            self._sharding_mesh = mesh
+        self._device_mesh = mesh
+
+    # ---------------------------------------------------------------- a Trainer's module
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        assert module is not None
+        for _, part in trainable_parts(module):
+            self._shard(part, trained=any(p.requires_grad for p in part.parameters()))
+        module.to(self.root_device)
+        _check_sharded(module)
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    # ---------------------------------------------------------------- sharding
+
+    @override
+    def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
+        names = {id(p): name for name, p in model.named_parameters()}
+        optimizer = known.optimizer
+        if optimizer is not None and optimizer.state and not isinstance(model, FSDPModule):
+            raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
+        self._shard(model, trained=optimizer is not None)
+        if optimizer is not None:
+            _repoint(optimizer, names, dict(model.named_parameters()))
+        model.to(self.root_device)
+        return model
+
+    def _shard(self, model: nn.Module, trained: bool) -> None:
+        """Shard in place; what the user has sharded stays as it is."""
+        if any(isinstance(m, FSDPModule) for m in model.modules()):
+            return
+        settings: dict[str, Any] = {
+            "mesh": self._sharding_mesh,
+            "mp_policy": self._mixed_precision(),
+            "offload_policy": self._offload_policy(),
+        }
+        reshard = self.reshard_after_forward or not trained
+        for block in blocks(model):
+            fully_shard(block, reshard_after_forward=reshard, **settings)
+        # The root of a trained model is needed first in the backward pass, so freeing it would gather it twice.
+        fully_shard(model, reshard_after_forward=not trained, **settings)
+        if hasattr(model, "generate"):
+            register_fsdp_forward_method(model, "generate")
+
+    def _mixed_precision(self) -> MixedPrecisionPolicy:
+        dtype = self.compute_dtype
+        if dtype == torch.float32:
+            return MixedPrecisionPolicy()
+        # Outputs stay as they are: what is computed from them decides about its own precision.
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None)
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if not self.config.fsdp_cpu_offload:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
+
+    # ---------------------------------------------------------------- one step
+
+    @override
+    def _backward(
+        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+    ) -> None:
+        steps = accumulation_steps or self.accumulation_steps
+        raw = getattr(optimizer, "optimizer", optimizer)
+        for unit in _units(model):  # gradients travel once, at the last pass
+            unit.set_requires_gradient_sync(self._pending.get(raw, 0) + 1 >= steps, recurse=False)
+        super()._backward(loss, model, optimizer, accumulation_steps)
+
+    @override
+    def _finish_partial_accumulation(self, model: nn.Module) -> None:
+        for unit in _units(model):
+            unit.set_requires_gradient_sync(True, recurse=False)
+        # What FSDP2 does at the end of a backward pass; there is no public name for it.
+        for unit in _roots(model):
+            unit._get_fsdp_state()._root_post_backward_final_callback()
+
+    @override
+    def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self.config.max_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.max_norm, norm)
+        return norm
+
+    # ---------------------------------------------------------------- whole parameters
+
+    @contextlib.contextmanager
+    @override
+    def gathered_parameters(self, model: nn.Module) -> Iterator[None]:
+        units = list(_units(model))
+        freed = [(unit, [g._reshard_after_forward for g in unit._get_fsdp_state()._fsdp_param_groups]) for unit in units]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit, flags in freed:
+                unit.reshard()
+                unit.set_reshard_after_forward(any(flags), recurse=False)
+
+    @override
+    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in super().named_full_tensors(model):
+            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+class _PolicyPrecision(MixedPrecision):
+    """Mixed precision that FSDP2 carries out; what is left is the loss scale of automatic optimization."""
+
+    def forward_context(self) -> contextlib.AbstractContextManager[None]:
+        return Precision.forward_context(self)
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a model, outermost first: members of a `ModuleList` of one class, e.g. decoder layers."""
+    for child in model.children():
+        members = list(child) if isinstance(child, nn.ModuleList) else []
+        if len(members) > 1 and len({type(m) for m in members}) == 1:
+            yield from (m for m in members if any(True for _ in m.parameters()))
+        else:
+            yield from blocks(child)
+
+
+def trainable_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The submodules with a forward pass of their own that hold parameters, by name; containers are looked into."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from trainable_parts(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield f"{prefix}{name}", child
+
+
+def _check_sharded(module: nn.Module) -> None:
+    """Gradients of a parameter that is not sharded would never be averaged: the ranks would drift apart silently."""
+    loose = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if loose:
+        raise MisconfigurationException(
+            f"trainable parameters that are not sharded: {', '.join(loose[:5])}{' ...' if len(loose) > 5 else ''}. "
+            "Put them into a submodule with a forward method, or shard them in configure_model"
         )
 
-    setup_distributed = setup_environment = prepare = create_optimizer = init_model_context = _not_available
-    save_ckpt = load_ckpt = backward = optimizer_step = _not_available
+
+def _repoint(optimizer: Optimizer, names: dict[int, str], parameters: dict[str, nn.Parameter]) -> None:
+    """Let `optimizer` step the sharded parameters in place of those that `fully_shard` replaced."""
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if not isinstance(parameter, DTensor):
+                if id(parameter) not in names:
+                    raise ValueError(
+                        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
+                        "pass each optimizer with the model that it was created for"
+                    )
+                group["params"][i] = parameters[names[id(parameter)]]
+
+
+def _units(model: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in model.modules() if isinstance(m, FSDPModule))
+
+
+def _roots(model: nn.Module) -> Iterator[FSDPModule]:
+    """The outermost sharded modules."""
+    if isinstance(model, FSDPModule):
+        yield cast(FSDPModule, model)
+        return
+    for child in model.children():
+        yield from _roots(child)
