@@ -35,13 +35,15 @@ class RolloutCallback(Callback, RolloutEngine):
                 "In a loop of your own, call `strategy.setup_inference_engine(...)` instead."
             )
         assert pl_module.actor is not None
+        self.strategy = pl_module.strategy
         self.connect(pl_module.actor, pl_module.tokenizer)
 
     on_fit_start = on_validation_start = on_test_start = on_predict_start = _connect
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.update_weights(pl_module.actor.named_parameters(), self.version + 1)  # type: ignore[operator,union-attr]
+        weights = pl_module.strategy.named_full_tensors(pl_module.actor)  # type: ignore[operator, union-attr]
+        self.update_weights(weights, self.version + 1)
 
     @override
     def state_dict(self) -> dict[str, Any]:

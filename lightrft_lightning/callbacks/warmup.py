@@ -104,7 +104,7 @@ class SupervisedWarmup(Callback):
         actor.train(training)
         for engine in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(engine, RolloutCallback):  # connected at the start of the fit, with the weights of before
-                engine.update_weights(actor.named_parameters(), engine.version)
+                engine.update_weights(module.strategy.named_full_tensors(actor), engine.version)
 
     def _train(self, actor: Any, examples: Sequence[Example], steps: int, device: torch.device) -> None:
         parameters = [p for p in actor.parameters() if p.requires_grad]

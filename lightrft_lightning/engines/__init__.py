@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -10,8 +10,17 @@ from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import EngineType, StrategyConfig
 from lightrft_lightning.engines.base import RolloutEngine
 
+if TYPE_CHECKING:
+    from lightrft_lightning.strategies.base import StrategyBase
 
-def create_engine(engine_type: str, config: StrategyConfig, actor: nn.Module | None, tokenizer: Any) -> RolloutEngine:
+
+def create_engine(
+    engine_type: str,
+    config: StrategyConfig,
+    actor: nn.Module | None,
+    tokenizer: Any,
+    strategy: StrategyBase | None = None,
+) -> RolloutEngine:
     """Build an engine of `engine_type` that generates with `actor`; see `StrategyBase.setup_inference_engine`."""
     if engine_type not in get_args(EngineType):
         raise ValueError(unknown_name("engine_type", engine_type, get_args(EngineType)))
@@ -26,5 +35,6 @@ def create_engine(engine_type: str, config: StrategyConfig, actor: nn.Module | N
 
     model: Any = actor if hasattr(actor, "config") else actor.model
     engine = TransformersRollout()
+    engine.strategy = strategy
     engine.connect(model, tokenizer if tokenizer is not None else load_tokenizer(model.config.name_or_path))
     return engine

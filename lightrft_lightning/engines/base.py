@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from lightrft_lightning.strategies.base import StrategyBase
 
 
 class RolloutEngine(ABC):
@@ -19,6 +22,8 @@ class RolloutEngine(ABC):
 
     version: int = 0
     tokenizer: Any = None
+    strategy: StrategyBase | None = None
+    """What holds the weights, for engines that generate with the model in training."""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts that are given as text, by the engine's own tokenizer."""
@@ -27,12 +32,16 @@ class RolloutEngine(ABC):
         return [self.tokenizer(text)["input_ids"] for text in texts]
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
         """Sample `sampling.n` completions for each prompt.
 
         Args:
             prompts: token ids, one sequence a prompt (ragged).
             sampling: see `SamplingParams`.
+            streams: number of the stream of random numbers of each prompt; default: its position. With the prompt's
+                position among those of all ranks, the draws do not depend on the number of ranks.
 
         Returns:
             For each prompt, in order, its `sampling.n` completions.

@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ _NUCLEUS_CANDIDATES = 1024
 class TransformersRollout(RolloutCallback):
     """Generates with the connected Hugging Face model, whose weights it shares.
 
-    Sequence j of prompt i draws from its own stream of random numbers, fixed by `sampling.seed`, i and j: the result
+    Sequence j of a prompt draws its own random numbers, fixed by `sampling.seed`, the prompt's stream and j: the result
     does not depend on `max_batch_size` or on when other sequences finish (up to rounding of the logits, which depends
     on the shape of a matrix product), and torch's global generators are neither read nor advanced.
 
@@ -77,18 +77,13 @@ class TransformersRollout(RolloutCallback):
 
     @override
     def close(self) -> None:
-        self._model = self.tokenizer = None
+        self._model = self.tokenizer = self.strategy = None
 
     @override
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
-        """Sample `sampling.n` completions for each prompt.
-
-        Args:
-            prompts: token ids, one sequence a prompt (ragged).
-            sampling: see `SamplingParams`.
-
-        Returns:
-            For each prompt, in order, its `sampling.n` completions.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """As in `RolloutEngine`. Sharded weights are gathered for the time of the call, on every rank.
 
         Raises:
             RuntimeError: `connect` was not called, or the model's logits are not finite.
@@ -99,12 +94,13 @@ class TransformersRollout(RolloutCallback):
         _check_prompts(prompts, sampling.max_new_tokens, self._model.config)
         # Neighbours of similar length need little padding, and equal prompts land in the same prefill.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
-        rows = [_Row(i, j) for i in order for j in range(sampling.n)]
+        rows = [_Row(i, j, i if streams is None else streams[i]) for i in order for j in range(sampling.n)]
         limit = self.max_batch_size or max(1, len(rows))
         step = max(1, limit // sampling.n) * sampling.n  # whole groups, so that each prompt is prefilled once
 
         # no_grad rather than inference_mode: nothing made here may be refused by autograd when training continues.
-        with torch.no_grad(), _evaluating(self._model), _grouped_attention():
+        whole = nullcontext() if self.strategy is None else self.strategy.gathered_parameters(self._model)
+        with torch.no_grad(), whole, _evaluating(self._model), _grouped_attention():
             decoder = _Decoder(self._model, self.tokenizer, sampling)
             for start in range(0, len(rows), step):
                 decoder.run(prompts, rows[start : start + step], limit)
@@ -114,10 +110,11 @@ class TransformersRollout(RolloutCallback):
 
 @dataclass
 class _Row:
-    """One sequence being decoded: sample number `sample` of prompt number `prompt`."""
+    """One sequence being decoded: sample number `sample` of prompt number `prompt`, which draws from `stream`."""
 
     prompt: int
     sample: int
+    stream: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -209,7 +206,7 @@ class _Decoder:
     def draws(self, rows: Sequence[_Row]) -> Tensor:
         """[B, max_new_tokens] uniform numbers in [0, 1), float64; row b depends on the seed and on rows[b] only."""
         s = self.sampling
-        streams = [np.random.default_rng(derive_seed(s.seed, row.prompt, row.sample)) for row in rows]
+        streams = [np.random.default_rng(derive_seed(s.seed, row.stream, row.sample)) for row in rows]
         device = "cpu" if self.device.type == "mps" else self.device
         return torch.from_numpy(np.stack([g.random(s.max_new_tokens) for g in streams])).to(device)
 

@@ -349,6 +349,7 @@ class StrategyBase(InferenceEngines, Strategy):
             return self._optimizer_step(optimizer, model, scheduler, name, **kwargs)
         if self._step_to_make is not None:  # called from `_make_step`
             step, self._step_to_make = self._step_to_make, None
+            assert self.lightning_module is not None
             self.precision_plugin._after_closure(self.lightning_module, optimizer)  # hooks before an optimizer step
             return step()
         positional = () if scheduler is None else (scheduler,)
@@ -444,11 +445,6 @@ class StrategyBase(InferenceEngines, Strategy):
         and every rank needs the memory for the whole model. No gradient is computed inside.
         """
         yield
-
-    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole values of all parameters, each once; all ranks must go through it together."""
-        for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -617,6 +613,10 @@ class StrategyBase(InferenceEngines, Strategy):
     def get_rank(self) -> int:
         """This process's number among all."""
         return self.global_rank
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, in their order; any object that can be pickled."""
+        return [value]
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Combine tensors or numbers over all ranks, in nested dicts and lists too; the identity in one process.

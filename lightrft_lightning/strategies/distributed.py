@@ -111,7 +111,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         if dist.is_initialized():
             return
         store = None if "WORLD_SIZE" in os.environ else dist.HashStore()
-        ranks = {} if store is None else {"rank": 0, "world_size": 1, "store": store}
+        ranks: dict[str, Any] = {} if store is None else {"rank": 0, "world_size": 1, "store": store}
         dist.init_process_group("gloo", timeout=timeout, **ranks)
 
     # ---------------------------------------------------------------- collectives
@@ -158,6 +158,14 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
             return wide.item()
         dtype = value.dtype if value.is_floating_point() or op != "mean" else torch.float32
         return wide.to(value.device, dtype)
+
+    @override
+    def gather_objects(self, value: Any) -> list[Any]:
+        if not dist.is_initialized():
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     @override
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:  # type: ignore[override]

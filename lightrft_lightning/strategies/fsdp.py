@@ -11,13 +11,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -48,8 +47,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     `Trainer` every submodule of the `LightningModule` that has parameters is treated so, unless `configure_model` has
     sharded it.
 
-    Settings of `StrategyConfig` that matter here: ``zpg`` (ranks of one sharding group; the groups hold replicas of each
-    other), ``bf16`` and ``fp16`` (fp32 weights, low-precision compute, fp32 reduction), ``fsdp_cpu_offload``.
+    Settings of `StrategyConfig` that matter here: ``zpg`` (ranks of a sharding group; the groups are replicas of one
+    another), ``bf16`` and ``fp16`` (fp32 weights, low-precision compute, fp32 reduction), ``fsdp_cpu_offload``.
 
     Args:
         timeout: how long a collective may take before it is an error.
@@ -234,16 +233,16 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     @override
     def gathered_parameters(self, model: nn.Module) -> Iterator[None]:
         units = list(_units(model))
-        freed = [(unit, [g._reshard_after_forward for g in unit._get_fsdp_state()._fsdp_param_groups]) for unit in units]
+        freed = [any(g._reshard_after_forward for g in u._get_fsdp_state()._fsdp_param_groups) for u in units]
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         try:
             yield
         finally:
-            for unit, flags in freed:
+            for unit, flag in zip(units, freed, strict=True):
                 unit.reshard()
-                unit.set_reshard_after_forward(any(flags), recurse=False)
+                unit.set_reshard_after_forward(flag, recurse=False)
 
     @override
     def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -254,8 +253,10 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 class _PolicyPrecision(MixedPrecision):
     """Mixed precision that FSDP2 carries out; what is left is the loss scale of automatic optimization."""
 
-    def forward_context(self) -> contextlib.AbstractContextManager[None]:
-        return Precision.forward_context(self)
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:  # type: ignore[override]
+        with Precision.forward_context(self):
+            yield
 
     def convert_input(self, data: Any) -> Any:
         return data

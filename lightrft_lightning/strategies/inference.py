@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightrft_lightning.config import StrategyConfig
 
@@ -18,6 +18,8 @@ class InferenceEngines:
     """Build engines, generate with them, update and sleep them; a base class of `StrategyBase`."""
 
     config: StrategyConfig
+    global_rank: int
+    world_size: int
     inference_engine: RolloutEngine | None = None
 
     def setup_inference_engine(
@@ -38,7 +40,7 @@ class InferenceEngines:
         from lightrft_lightning.engines import create_engine
 
         settings = self.config if config is None else StrategyConfig.from_args(config)
-        self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer)
+        self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer, self)  # type: ignore[arg-type]
         return self.inference_engine
 
     def engines_sleep(self, engines: RolloutEngine | Iterable[RolloutEngine], level: int = 1) -> None:
@@ -94,7 +96,9 @@ class InferenceEngines:
         if not isinstance(sampling_params, SamplingParams):
             sampling_params = SamplingParams(**sampling_params)
         self.wakeup_inference_engine()
-        completions = engine.generate(all_prompt_token_ids, sampling_params)
+        rank, ranks = self.global_rank, self.world_size
+        streams = [i * ranks + rank for i in range(len(all_prompt_token_ids))]
+        completions = engine.generate(all_prompt_token_ids, sampling_params, streams)
         if sleep_engine:
             self.maybe_sleep_inference_engine()
         return completions
@@ -102,7 +106,12 @@ class InferenceEngines:
     def update_engine_weights(self, actor: nn.Module) -> None:
         """Give the engine the actor's current weights and advance its version."""
         engine = self._engine()
-        engine.update_weights(actor.named_parameters(), engine.version + 1)
+        engine.update_weights(self.named_full_tensors(actor), engine.version + 1)
+
+    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole values of all parameters, each once; all ranks must go through it together."""
+        for name, parameter in model.named_parameters():
+            yield name, parameter.detach()
 
     def _engine(self) -> RolloutEngine:
         if self.inference_engine is None:

@@ -360,7 +360,7 @@ def test_the_stop_window_finds_what_the_whole_text_holds(stop, text, single_byte
     hits = [t for t in range(1, len(token_ids) + 1) if stop in tokenizer.decode(token_ids[:t])]
 
     decoder = engine_module._Decoder(make_model(), tokenizer, SamplingParams(stop=stop))
-    row = engine_module._Row(0, 0)
+    row = engine_module._Row(0, 0, 0)
     while row.finish_reason is None and len(row.token_ids) < len(token_ids):
         row.token_ids.append(token_ids[len(row.token_ids)])
         decoder.apply_stop_strings([row])
