@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from lightrft_lightning.experience.trajectory import Trajectory
 
@@ -12,17 +13,21 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def combine_passes(passes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of one optimizer step from those of its passes: loss and KL are shares that add up, ``*_max`` stay
-    maxima, the rest is averaged.
+def combine_passes(passes: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Metrics of one optimizer step from those of its passes, on all ranks, each with its number of policy tokens.
+
+    Loss and KL are shares that add up, ``*_max`` stay maxima, the rest are means over tokens.
     """
     combined: dict[str, float] = {}
-    for name in passes[0] if passes else ():
-        values = [p[name] for p in passes]
+    tokens = sum(count for count, _ in passes)
+    for name in passes[0][1] if passes else ():
+        values = [metrics[name] for _, metrics in passes]
         if name in ("loss", "kl"):
             combined[name] = sum(values)
+        elif name.endswith("_max"):
+            combined[name] = max(values)
         else:
-            combined[name] = max(values) if name.endswith("_max") else mean(values)
+            combined[name] = sum(count * metrics[name] for count, metrics in passes) / tokens
     return combined
 
 
@@ -32,16 +37,28 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: mean([step[name] for step in steps if name in step]) for name in names}
 
 
-def reward_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+class SampleResult(NamedTuple):
+    """What the metrics need to know of a trajectory; small, as ranks exchange it."""
+
+    length: int
+    finished: bool
+    reward: float | None
+    reward_parts: dict[str, float]
+
+
+def sample_result(t: Trajectory) -> SampleResult:
+    """Length in tokens, whether the completion ended by itself, and the reward."""
+    finished = t.completion.finish_reason != "length"
+    return SampleResult(len(t.completion.token_ids), finished, t.reward, dict(t.reward_parts))
+
+
+def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
     """Length and share of finished completions, and of those that were scored mean, spread and parts of the reward."""
-    rewards = [t.reward for t in trajectories if t.reward is not None]
-    metrics = {
-        "length": mean([len(t.completion.token_ids) for t in trajectories]),
-        "finished": mean([t.completion.finish_reason != "length" for t in trajectories]),
-    }
+    rewards = [s.reward for s in samples if s.reward is not None]
+    metrics = {"length": mean([s.length for s in samples]), "finished": mean([s.finished for s in samples])}
     if rewards:
         metrics["reward"] = mean(rewards)
         metrics["reward_std"] = mean([(r - metrics["reward"]) ** 2 for r in rewards]) ** 0.5
-    for name in sorted({name for t in trajectories for name in t.reward_parts}):
-        metrics[f"reward/{name}"] = mean([t.reward_parts[name] for t in trajectories if name in t.reward_parts])
+    for name in sorted({name for s in samples for name in s.reward_parts}):
+        metrics[f"reward/{name}"] = mean([s.reward_parts[name] for s in samples if name in s.reward_parts])
     return metrics

@@ -20,9 +20,9 @@ from lightrft_lightning import algorithms
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
-from lightrft_lightning.experience.packing import pack, unpack
+from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Prompt, SamplingParams, Trajectory
-from lightrft_lightning.metrics import combine_passes, mean_over_steps, reward_metrics
+from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
@@ -156,9 +156,13 @@ class RLHFModule(pl.LightningModule):
         self.iteration += 1
 
     def rollout(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Trajectory]:
-        """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group."""
-        engine = self.rollout_engine
-        completions = engine.generate([p.token_ids for p in prompts], sampling)
+        """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group.
+
+        Groups are numbered over all ranks, in the order in which the data loader deals prompts out.
+        """
+        engine, ranks, rank = self.rollout_engine, self.trainer.world_size, self.trainer.global_rank
+        groups = [k * ranks + rank for k in range(len(prompts))]
+        completions = engine.generate([p.token_ids for p in prompts], sampling, groups)
         self.last_trajectories = [
             Trajectory(
                 prompt=prompt,
@@ -167,7 +171,7 @@ class RLHFModule(pl.LightningModule):
                 policy_version=engine.version,
                 text=str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)),
             )
-            for group, (prompt, drawn) in enumerate(zip(prompts, completions, strict=True))
+            for group, prompt, drawn in zip(groups, prompts, completions, strict=True)
             for completion in drawn
         ]
         return self.last_trajectories
@@ -183,7 +187,6 @@ class RLHFModule(pl.LightningModule):
             members[t.group] = members.get(t.group, 0) + 1
         usable = [t for t in scored if members[t.group] >= 2]
         if not usable:
-            log.warning("iteration %d: no group has two scored completions%s", self.iteration + 1, _NOTHING_TO_LEARN)
             return []
         rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
         if self.reward_clip > 0:
@@ -194,17 +197,20 @@ class RLHFModule(pl.LightningModule):
             values = values.clamp(-self.advantage_clip, self.advantage_clip)
         for t, value in zip(usable, values.tolist(), strict=True):
             t.advantages = (value,) * len(t.mask)
-        if not values.any():
-            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration + 1, _NOTHING_TO_LEARN)
         return usable
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """The optimizer steps of one iteration; returns the mean of each metric over them."""
+        """The optimizer steps of one iteration; returns the mean of each metric over them.
+
+        Every rank makes the same number of passes, whatever its share of the samples, because the passes of sharded
+        models wait for one another.
+        """
+        self._warn_if_nothing_to_learn(trajectories)
         several_steps = self.epochs_per_rollout * self.steps_per_epoch > 1
         # With a single step the first pass itself gives the old log-probabilities: the weights are still the same.
         old = self._logprobs_of(self.actor, trajectories) if several_steps else None
         reference = None
-        if self.kl_coef and trajectories:
+        if self.kl_coef:
             with self._reference_policy() as policy:
                 reference = self._logprobs_of(policy, trajectories)
         collected = [
@@ -220,13 +226,14 @@ class RLHFModule(pl.LightningModule):
     def _optimizer_step(
         self, minibatch: list[Trajectory], old: list[Tensor] | None, reference: list[Tensor] | None
     ) -> dict[str, float]:
-        """One optimizer step over `minibatch`, in as many passes as the token budget asks for."""
+        """One optimizer step over this rank's `minibatch`, in as many passes as the token budget asks for."""
         totals = self._totals(minibatch)
         # A sample whose advantage is 0 has no gradient unless the KL term gives it one. It still counts in the mean.
         signal = [i for i, t in enumerate(minibatch) if self.kl_coef or any(t.advantages)]
-        batches = pack([minibatch[i] for i in signal], self.token_budget, share_prompts=self.share_prompts)
+        batches = self._pack([minibatch[i] for i in signal])
+        needed = self._most(len(batches))
         passes = []
-        for batch in (b.to(self.device) for b in batches):
+        for batch in batches:
             logprobs = completion_logprobs(self.actor, batch, self.sampling.temperature).logprobs  # type: ignore[arg-type]
             at_sampling = logprobs.detach() if old is None else batch.pack_values([old[i] for i in signal])
             loss, metrics = algorithms.policy_loss(
@@ -249,9 +256,13 @@ class RLHFModule(pl.LightningModule):
                 metrics["kl"] = (kl.detach() * weights).sum()
             sampled = batch.pack_values([minibatch[i].completion.logprobs for i in signal])
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
-            self._step(loss, len(batches))
-            passes.append({"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}})
-        return combine_passes(passes)
+            self._step(loss, needed)
+            values = {"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}}
+            passes.append((logprobs.numel(), values))
+        for _ in range(needed - len(batches)):
+            idle = completion_logprobs(self.actor, self._idle_batch(), self.sampling.temperature)  # type: ignore[arg-type]
+            self._step(0 * idle.logprobs.sum(), needed)
+        return combine_passes([p for rank in self.strategy.gather_objects(passes) for p in rank])
 
     def _step(self, loss: Tensor, passes: int) -> None:
         """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
@@ -262,6 +273,25 @@ class RLHFModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- parts of the update
 
+    def _warn_if_nothing_to_learn(self, trajectories: Sequence[Trajectory]) -> None:
+        usable, signal = self._most(len(trajectories)), self._most(sum(any(t.advantages) for t in trajectories))
+        if not usable:
+            log.warning("iteration %d: no group has two scored completions%s", self.iteration + 1, _NOTHING_TO_LEARN)
+        elif not signal:
+            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration + 1, _NOTHING_TO_LEARN)
+
+    def _most(self, count: int) -> int:
+        """The largest `count` of any rank."""
+        return int(self.strategy.all_reduce(count, op="max"))
+
+    def _pack(self, trajectories: Sequence[Trajectory]) -> list[PackedBatch]:
+        return [b.to(self.device) for b in pack(trajectories, self.token_budget, share_prompts=self.share_prompts)]
+
+    def _idle_batch(self) -> PackedBatch:
+        """Something small for a pass that only keeps other ranks company."""
+        shortest = min(self.last_trajectories, key=lambda t: len(t.prompt.token_ids) + len(t.completion.token_ids))
+        return self._pack([shortest])[0]
+
     def _totals(self, minibatch: Sequence[Trajectory]) -> algorithms.BatchTotals:
         """Sizes of the whole optimizer step over all ranks, which its loss is divided by."""
         tokens = self.strategy.all_reduce(sum(sum(t.mask) for t in minibatch), op="sum")
@@ -269,23 +299,26 @@ class RLHFModule(pl.LightningModule):
         return algorithms.BatchTotals(int(tokens), int(sequences), self.sampling.max_new_tokens)
 
     def _minibatches(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
-        """Indices of the trajectories of each optimizer step: whole groups, in a new order every epoch."""
+        """Indices of this rank's trajectories of each optimizer step: whole groups, in a new order every epoch."""
         groups: dict[int, list[int]] = {}
         for i, t in enumerate(trajectories):
             groups.setdefault(t.group, []).append(i)
-        members = list(groups.values())
-        steps = min(self.steps_per_epoch, len(members))
+        everywhere = sorted(group for rank in self.strategy.gather_objects(list(groups)) for group in rank)
+        steps = min(self.steps_per_epoch, len(everywhere))
         for epoch in range(self.epochs_per_rollout):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
-            order = torch.randperm(len(members), generator=generator).tolist()
+            order = torch.randperm(len(everywhere), generator=generator).tolist()
             for step in range(steps):
-                yield [i for group in order[step::steps] for i in members[group]]
+                chosen = [everywhere[k] for k in order[step::steps]]
+                yield [i for group in chosen for i in groups.get(group, ())]
 
     @torch.no_grad()
     def _logprobs_of(self, policy: Any, trajectories: list[Trajectory]) -> list[Tensor]:
         """Log-probabilities of every completion under `policy`, one tensor a trajectory."""
-        batches = [b.to(self.device) for b in pack(trajectories, self.token_budget, share_prompts=self.share_prompts)]
-        flat = [completion_logprobs(policy, batch, self.sampling.temperature).logprobs for batch in batches]
+        batches = self._pack(trajectories)
+        company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
+        flat = [completion_logprobs(policy, b, self.sampling.temperature).logprobs for b in [*batches, *company]]
+        flat = flat[: len(batches)]
         return unpack(batches, flat, trajectories)
 
     @contextlib.contextmanager
@@ -321,8 +354,14 @@ class RLHFModule(pl.LightningModule):
     def _evaluate(self, batch: list[Prompt], batch_idx: int, stage: str) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
         self.rewards.score(trajectories)
-        metrics = {f"{stage}/{name}": value for name, value in reward_metrics(trajectories).items()}
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(trajectories), sync_dist=True)
+        samples = self._gather_samples(trajectories)
+        metrics = {f"{stage}/{name}": value for name, value in reward_metrics(samples).items()}
+        # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(samples), sync_dist=True)
+
+    def _gather_samples(self, trajectories: Sequence[Trajectory]) -> list[SampleResult]:
+        """What the metrics need of the trajectories of all ranks."""
+        return [s for rank in self.strategy.gather_objects([sample_result(t) for t in trajectories]) for s in rank]
 
     # ---------------------------------------------------------------- set-up
 
@@ -532,11 +571,11 @@ class RLHFModule(pl.LightningModule):
 
     def _evaluation_sampling(self, batch_idx: int) -> SamplingParams:
         """The same draws at every evaluation, so that two of them differ by their weights alone."""
-        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, self.trainer.global_rank)
+        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, 0)
         return dataclasses.replace(self.val_sampling, seed=seed)
 
     def _iteration_sampling(self) -> SamplingParams:
-        seed = derive_seed(self.seed, self.sampling.seed, self.iteration, self.trainer.global_rank)
+        seed = derive_seed(self.seed, self.sampling.seed, self.iteration, 0)
         return dataclasses.replace(self.sampling, seed=seed)
 
     def _log_iteration(
@@ -548,17 +587,21 @@ class RLHFModule(pl.LightningModule):
         times: tuple[float, float, float, float],
     ) -> None:
         start, sampled, scored, end = times
+        samples = self._gather_samples(trajectories)
+        tokens = sum(s.length for s in samples)
+        counts = {
+            "failed_rewards": report.failed,
+            "groups_with_signal": len({t.group for t in usable if any(t.advantages)}),
+        }
         train = {
             **update,
-            **reward_metrics(trajectories),
-            "failed_rewards": float(report.failed),
-            "groups_with_signal": float(len({t.group for t in usable if any(t.advantages)})),
+            **reward_metrics(samples),
+            **{name: float(count) for name, count in self.strategy.all_reduce(counts, op="sum").items()},
             "policy_version": float(self.rollout_engine.version),
             "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
         if update:
             train["grad_norm"] = self.strategy.grad_norms["actor"]
-        tokens = sum(len(t.completion.token_ids) for t in trajectories)
         timing = {
             "rollout": sampled - start,
             "rewards": scored - sampled,
@@ -566,7 +609,7 @@ class RLHFModule(pl.LightningModule):
             "tokens_per_second": tokens / (end - start),
         }
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(trajectories))
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
 
 
 def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
