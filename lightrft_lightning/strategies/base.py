@@ -30,6 +30,7 @@ from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.models.export import save_pretrained
 from lightrft_lightning.strategies import checkpoint
 from lightrft_lightning.strategies.inference import InferenceEngines
 
@@ -554,7 +555,7 @@ class StrategyBase(InferenceEngines, Strategy):
             output_dir: the folder; an existing one is replaced file by file.
             merge_lora: fold LoRA adapters into the weights; False saves the adapter alone.
         """
-        checkpoint.save_pretrained(model, tokenizer, Path(output_dir), merge_lora=merge_lora)
+        save_pretrained(model, tokenizer, Path(output_dir), merge_lora=merge_lora)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning.models.export import hugging_face_part, save_pretrained, whole_copy
 from lightrft_lightning.strategies.base import StrategyBase
 
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -113,6 +115,28 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         store = None if "WORLD_SIZE" in os.environ else dist.HashStore()
         ranks: dict[str, Any] = {} if store is None else {"rank": 0, "world_size": 1, "store": store}
         dist.init_process_group("gloo", timeout=timeout, **ranks)
+
+    # ---------------------------------------------------------------- export
+
+    @override
+    def save_model(
+        self, model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike[str], merge_lora: bool = True
+    ) -> None:
+        """As in `StrategyBase`, on all ranks together; the first one collects the weights in CPU memory and writes."""
+        inner = hugging_face_part(model)
+        weights = {}
+        for name, tensor in self.named_full_tensors(inner):
+            if self.is_rank_0():
+                weights[name] = tensor.to("cpu", copy=True)
+        problem: Exception | None = None
+        if self.is_rank_0():
+            try:
+                whole = whole_copy(inner, weights)
+                save_pretrained(whole, tokenizer, Path(output_dir), merge_lora=merge_lora)
+            except (OSError, ValueError, RuntimeError, TypeError) as err:
+                problem = err
+        if (problem := self.broadcast(problem)) is not None:
+            raise RuntimeError(f"rank 0 could not write {output_dir}: {problem}") from problem
 
     # ---------------------------------------------------------------- collectives
 

@@ -1,0 +1,77 @@
+"""Trained models as Hugging Face folders that `from_pretrained` and vLLM open."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightrft_lightning._errors import import_extra
+
+
+def hugging_face_part(model: nn.Module) -> Any:
+    """The Hugging Face or PEFT model that `model` is, or holds as its attribute ``model``.
+
+    Raises:
+        TypeError: it is none and holds none.
+    """
+    inner: Any = model if hasattr(model, "save_pretrained") else getattr(model, "model", None)
+    if not hasattr(inner, "save_pretrained"):
+        raise TypeError(
+            f"save_model() writes Hugging Face models, {type(model).__name__} is none and holds none as `.model`. "
+            "Use save_ckpt() for other modules"
+        )
+    return inner
+
+
+def save_pretrained(model: nn.Module, tokenizer: Any, output_dir: Path, *, merge_lora: bool = True) -> None:
+    """Write the Hugging Face part of `model`, whose parameters must be whole, and the tokenizer."""
+    inner = hugging_face_part(model)
+    if merge_lora and hasattr(inner, "merge_and_unload"):
+        inner = copy.deepcopy(inner).merge_and_unload()  # a copy: training goes on with the adapters
+    inner.save_pretrained(output_dir, safe_serialization=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output_dir)
+
+
+def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A plain model in CPU memory like the sharded one `inner`.
+
+    Args:
+        inner: a Hugging Face or PEFT model, whatever state its own parameters are in.
+        weights: its whole parameters by name; the copy takes them over.
+    """
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    with torch.device("meta"):
+        made: Any = _unsharded_class(base)(copy.deepcopy(base.config))
+    made.generation_config = getattr(base, "generation_config", None)
+    if base is not inner:
+        made = _with_adapters(made, inner)
+    buffers = {n: b.detach().cpu() for n, b in inner.named_buffers() if n in made.state_dict()}
+    made.load_state_dict({**buffers, **weights}, strict=False, assign=True)
+    (made.get_base_model() if base is not inner else made).tie_weights()
+    if left := [name for name, value in made.state_dict().items() if value.is_meta]:
+        raise ValueError(f"no value for {len(left)} tensors of {type(made).__name__}, e.g. {left[0]!r}")
+    return made
+
+
+def _with_adapters(base: Any, inner: Any) -> Any:
+    peft = import_extra("peft", "hf")
+    names = list(inner.peft_config)
+    with torch.device("meta"):
+        made = peft.get_peft_model(base, inner.peft_config[names[0]], adapter_name=names[0])
+        for name in names[1:]:
+            made.add_adapter(name, inner.peft_config[name])
+    made.set_adapter(inner.active_adapter)
+    return made
+
+
+def _unsharded_class(model: nn.Module) -> type[nn.Module]:
+    """The class that `fully_shard` replaced by a subclass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
