@@ -400,7 +400,10 @@ class RLHFModule(pl.LightningModule):
     @override
     def configure_model(self) -> None:
         if self.actor is None:
-            self.actor = load_model(self._source).train()
+            # Without a trainer this is `load_from_checkpoint`.
+            alone = self._trainer is None
+            with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
+                self.actor = load_model(self._source).train()
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
 

@@ -74,4 +74,4 @@ def _unsharded_class(model: nn.Module) -> type[nn.Module]:
     """The class that `fully_shard` replaced by a subclass."""
     from torch.distributed.fsdp import FSDPModule
 
-    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    return next(c for c in type(model).__mro__ if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))

@@ -18,6 +18,7 @@ import torch
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
+from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ def load_model(
         dtype: of the weights.
         attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa`` and ``eager``.
 
+    Inside a strategy's `init_model_context(meta_init=True)` the weights of a folder are left out; `prepare` streams
+    them in once the model is sharded.
+
     Raises:
         FileNotFoundError: no such folder, file or name; the message has the path tried and the nearest name.
         ValueError: a folder without a model, weights that do not fill the model, or an unknown option.
@@ -61,9 +65,27 @@ def load_model(
     """
     found = _resolve(source)
     if not isinstance(found, str):
-        made: Any = found.model()
+        with parameters_on_meta(False):
+            made: Any = found.model()
         made.set_attn_implementation(attn_implementation)
         return made.to(dtype)
+    if building_on_meta() and (empty := _without_weights(found, dtype, attn_implementation)) is not None:
+        return empty
+    with parameters_on_meta(False):
+        return _from_pretrained(found, dtype, attn_implementation)
+
+
+def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel | None:
+    """The model on the meta device, if its weights can be streamed into it later."""
+    if not Path(found).is_dir():
+        return None
+    transformers = import_extra("transformers", "hf")
+    config = transformers.AutoConfig.from_pretrained(found)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return model if can_stream(model, Path(found)) else None
+
+
+def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
     auto = import_extra("transformers", "hf").AutoModelForCausalLM
     try:
         model, report = auto.from_pretrained(

@@ -268,7 +268,7 @@ class StrategyBase(InferenceEngines, Strategy):
         optimizer, scheduler = (*rest, None, None)[:2]
         known.optimizer = known.optimizer if optimizer is None else optimizer
         known.scheduler = known.scheduler if scheduler is None else scheduler
-        model = self._wrap(model.to(self.root_device), known)
+        model = self._wrap(model, known)
         if known.optimizer is None:
             known.frozen += tuple(p for p in model.parameters() if p.requires_grad)
             model.requires_grad_(False).eval()
@@ -279,7 +279,8 @@ class StrategyBase(InferenceEngines, Strategy):
         return (model, *rest) if isinstance(item, tuple | list) else model
 
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
-        """Hook: how this back end wraps a model. Here: mixed precision around its forward pass."""
+        """Hook: how this back end takes a model over. Here: its device, mixed precision around its forward pass."""
+        model = model.to(self.root_device)
         dtype = self.compute_dtype
         if dtype != torch.float32 and not hasattr(model, "_lightrft_autocast"):
             model._lightrft_autocast = _Autocast(model, self.root_device.type, dtype)  # type: ignore[assignment]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -30,6 +32,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 
@@ -72,6 +75,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         reshard_after_forward: bool = True,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("config") is None and kwargs.get("args") is None:
+            kwargs.setdefault("fsdp", True)
         super().__init__(process_group_backend=process_group_backend, **kwargs)
         self._timeout = timeout
         self.reshard_after_forward = reshard_after_forward
@@ -139,6 +144,16 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             self._sharding_mesh = mesh
         self._device_mesh = mesh
 
+    @override
+    def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Where to build a model.
+
+        Args:
+            meta_init: build without memory for the parameters; `prepare` (or the Trainer) shards the model and then
+                reads each rank's part from the safetensors files of the folder that the model's config came from.
+        """
+        return parameters_on_meta() if meta_init else contextlib.nullcontext()
+
     # ---------------------------------------------------------------- a Trainer's module
 
     @override
@@ -149,8 +164,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         assert module is not None
         for _, part in trainable_parts(module):
             self._shard(part, trained=any(p.requires_grad for p in part.parameters()))
-        module.to(self.root_device)
         _check_sharded(module)
+        self._rest_to_device(module)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -167,7 +182,6 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self._shard(model, trained=optimizer is not None)
         if optimizer is not None:
             _repoint(optimizer, names, dict(model.named_parameters()))
-        model.to(self.root_device)
         return model
 
     def _shard(self, model: nn.Module, trained: bool) -> None:
@@ -186,6 +200,33 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         fully_shard(model, reshard_after_forward=not trained, **settings)
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
+        if any(p.is_meta for p in model.parameters()):
+            self._materialize(model)
+        self._rest_to_device(model)
+
+    def _rest_to_device(self, model: nn.Module) -> None:
+        """Everything but offloaded parameters."""
+        if not self.config.fsdp_cpu_offload:
+            model.to(self.root_device)
+            return
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+            if isinstance(module, _DeviceDtypeModuleMixin):
+                module._device = self.root_device
+
+    def _materialize(self, model: nn.Module) -> None:
+        source = getattr(model, "name_or_path", "")
+        if not source or not Path(source).is_dir():
+            raise ValueError(
+                f"{type(model).__name__} was built without weights (meta_init=True) and its config names no local "
+                f"folder to read them from (name_or_path={source!r}): build it with load_model(<folder>)"
+            )
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.to_empty(device="cpu" if self.config.fsdp_cpu_offload else self.root_device)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        fill_from_folder(model, Path(source))
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
         dtype = self.compute_dtype
