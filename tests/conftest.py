@@ -1,11 +1,87 @@
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
+
+
+@dataclass
+class RankResult:
+    """What one process of a job left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _run_ranks(
+    script: Path,
+    *args: object,
+    world_size: int = 2,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+    check: bool = True,
+) -> list[RankResult]:
+    """Run ``python script args...`` once a rank, with the variables that torchrun sets; kill all at `timeout`."""
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        **(env or {}),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, args)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout
+    results = []
+    for process in processes:
+        try:
+            output, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for other in processes:
+                if other.poll() is None:
+                    os.killpg(other.pid, signal.SIGKILL)
+            output, errors = process.communicate()
+        results.append(RankResult(process.returncode, output, errors))
+    if check and any(r.returncode for r in results):
+        tails = "\n".join(f"--- rank {k}: exit {r.returncode}\n{r.stderr[-3000:]}" for k, r in enumerate(results))
+        pytest.fail(f"{script.name} {args}\n{tails}")
+    return results
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """`_run_ranks`: a script as a job of several processes."""
+    return _run_ranks
 
 
 @pytest.fixture(scope="session")
