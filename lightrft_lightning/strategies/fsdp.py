@@ -164,6 +164,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         assert module is not None
         for _, part in trainable_parts(module):
             self._shard(part, trained=any(p.requires_grad for p in part.parameters()))
+        _reshard(module)
         _check_sharded(module)
         self._rest_to_device(module)
         self.barrier()
@@ -188,6 +189,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         """Shard in place; what the user has sharded stays as it is."""
         if any(isinstance(m, FSDPModule) for m in model.modules()):
             return
+        folder = self._source_of(model) if any(p.is_meta for p in model.parameters()) else None
         settings: dict[str, Any] = {
             "mesh": self._sharding_mesh,
             "mp_policy": self._mixed_precision(),
@@ -200,8 +202,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         fully_shard(model, reshard_after_forward=not trained, **settings)
         if hasattr(model, "generate"):
             register_fsdp_forward_method(model, "generate")
-        if any(p.is_meta for p in model.parameters()):
-            self._materialize(model)
+        if folder is not None:
+            self._materialize(model, folder)
         self._rest_to_device(model)
 
     def _rest_to_device(self, model: nn.Module) -> None:
@@ -215,18 +217,22 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             if isinstance(module, _DeviceDtypeModuleMixin):
                 module._device = self.root_device
 
-    def _materialize(self, model: nn.Module) -> None:
+    def _source_of(self, model: nn.Module) -> Path:
         source = getattr(model, "name_or_path", "")
         if not source or not Path(source).is_dir():
             raise ValueError(
                 f"{type(model).__name__} was built without weights (meta_init=True) and its config names no local "
                 f"folder to read them from (name_or_path={source!r}): build it with load_model(<folder>)"
             )
+        return Path(source)
+
+    def _materialize(self, model: nn.Module, folder: Path) -> None:
+        """Allocate this rank's part of a model on the meta device and read it."""
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device="cpu" if self.config.fsdp_cpu_offload else self.root_device)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        fill_from_folder(model, Path(source))
+        fill_from_folder(model, folder)
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
         dtype = self.compute_dtype
@@ -287,8 +293,15 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        _reshard(model)
         for name, parameter in super().named_full_tensors(model):
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    @override
+    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+        _reshard(model)
+        _reshard(ema)
+        super().moving_average(model, ema, beta)
 
 
 class _PolicyPrecision(MixedPrecision):
@@ -343,6 +356,12 @@ def _repoint(optimizer: Optimizer, names: dict[int, str], parameters: dict[str, 
                         "pass each optimizer with the model that it was created for"
                     )
                 group["params"][i] = parameters[names[id(parameter)]]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Free what a forward pass has left gathered: until then the parameters are other objects than the sharded ones."""
+    for unit in _units(model):
+        unit.reshard()
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:

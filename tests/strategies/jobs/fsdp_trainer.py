@@ -1,0 +1,191 @@
+"""FSDP2 under Lightning's Trainer, one process a rank (as torchrun starts them); see checks.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import checks
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightrft_lightning import FSDPV2Strategy, PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
+from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+
+os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
+FOLDER = Path(sys.argv[1])
+
+
+class Plain(pl.LightningModule):
+    """Any module of a Lightning user: automatic optimization, no sharding code."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+class ActorCritic(Plain):
+    """Two optimizers, manual optimization, through the LightRFT interface."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.critic = nn.Linear(6, 1)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for model, optimizer, name in zip((self.net, self.critic), self.optimizers(), ("actor", "critic"), strict=True):
+            loss = nn.functional.mse_loss(model(x), y)
+            self.trainer.strategy.backward(loss, model, optimizer, accumulation_steps=2)
+            self.trainer.strategy.optimizer_step(optimizer, model, None, name, accumulation_steps=2)
+
+    def configure_optimizers(self):
+        make = self.trainer.strategy.create_optimizer
+        return make(self.net, lr=0.05), make(self.critic, lr=0.01)
+
+
+class ShardsByItself(Plain):
+    def configure_model(self):
+        if not isinstance(self.net[0].weight, DTensor):
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Loose(Plain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def data(batch_size=4):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 6, generator=generator)
+    dataset = TensorDataset(x, x.sum(1, keepdim=True))
+    ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    # Lightning's own sampler would shuffle, with another order for another number of ranks.
+    return DataLoader(dataset, batch_size, sampler=DistributedSampler(dataset, ranks, rank, shuffle=False))
+
+
+def trainer(strategy="lightrft_fsdp", devices=2, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    defaults = {"accelerator": "cpu", "max_epochs": 2, "enable_model_summary": False}
+    return pl.Trainer(strategy=strategy, devices=devices, **{**defaults, **quiet, **settings})
+
+
+def whole(t, module):
+    return {name: tensor.clone() for name, tensor in t.strategy.named_full_tensors(module)}
+
+
+def alone(module, **settings):
+    """The same training in one process."""
+    ranks = {k: os.environ.pop(k) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
+    try:
+        t = trainer("lightrft_fake", 1, **settings)
+        t.fit(module, data(8), data(8))
+    finally:
+        os.environ.update(ranks)
+    return t, dict(module.named_parameters())
+
+
+def check_plain_module_with_accumulation_and_clipping():
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    for make in (Plain, ShardsByItself):
+        t, module = trainer(**settings), make()
+        t.fit(module, data(), data())
+        values = whole(t, module)
+        assert all(isinstance(p, DTensor) for p in module.parameters())
+        expected, reference = alone(Plain(), **settings)
+        for name, value in values.items():
+            torch.testing.assert_close(value, reference[name].detach(), rtol=1e-5, atol=1e-6)
+        assert t.global_step == expected.global_step == 4
+        assert float(t.callback_metrics["val"]) == pytest.approx(float(expected.callback_metrics["val"]), rel=1e-5)
+
+
+def check_actor_and_critic_count_steps():
+    t, module = trainer(), ActorCritic()
+    t.fit(module, data())
+    assert t.global_step == 8  # two epochs of four batches, every second one, two optimizers
+    assert set(t.strategy.grad_norms) == {"actor", "critic"}
+
+
+def check_fit_twice_validate_and_test_alone():
+    module = Plain()
+    first = trainer()
+    first.fit(module, data(), data())
+    before = whole(first, module)
+    (metrics,) = trainer().validate(module, data(), verbose=False)
+    assert metrics["val"] == pytest.approx(float(first.callback_metrics["val"]), rel=1e-6)
+    second = trainer()
+    second.fit(module, data(), data())
+    assert not any(torch.equal(before[n], v) for n, v in whole(second, module).items())
+    trainer().validate(Plain(), data(), verbose=False)
+
+
+def check_unsharded_trainable_parameters_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"trainable parameters that are not sharded: scale\. Put them"):
+        trainer().fit(Loose(), data())
+
+
+def check_precision_that_fsdp_cannot_honour_is_refused_by_name_and_by_instance():
+    for strategy in ("lightrft_fsdp", FSDPV2Strategy()):
+        with pytest.raises((MisconfigurationException, ValueError), match=r"64-true"):
+            trainer(strategy, precision="64-true").fit(Plain(), data())
+
+
+def check_bf16_mixed_is_a_policy_and_not_autocast():
+    t, module, seen = trainer(precision="bf16-mixed", max_epochs=1), Plain(), []
+    module.net.register_forward_pre_hook(lambda *args: seen.append(torch.is_autocast_enabled("cpu")))
+    module.net[0].register_forward_hook(lambda m, args, out: seen.append((out.dtype, m.weight.dtype)))
+    t.fit(module, data())
+    assert seen[:2] == [False, (torch.bfloat16, torch.bfloat16)]
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def check_batch_sizes_must_divide():
+    strategy = FSDPV2Strategy(train_batch_size=6, micro_train_batch_size=2)
+    with pytest.raises(ValueError, match=r"train_batch_size=6 is not a multiple of .* × world size=2"):
+        trainer(strategy).fit(Plain(), data())
+
+
+def nothing_on_rank_1(completion, answer):
+    """Fails for the prompts of one rank, so that it has no sample to learn from."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("no reward here")
+    return float(len(completion))
+
+
+def check_a_rank_without_samples_keeps_the_others_company():
+    rows = [{"prompt": f"{a}+1=", "answer": "2"} for a in range(16)]
+    module = RLHFModule(
+        tiny_llama(seed=0, width=32, layers=2), nothing_on_rank_1, tokenizer=char_tokenizer(), lr=1e-3, kl_coef=0.1,
+        sampling=SamplingParams(n=4, max_new_tokens=6), token_budget=24, steps_per_epoch=2, seed=1,
+    )  # fmt: skip
+    t = trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=2, callbacks=[TransformersRollout()])
+    t.fit(module, datamodule=PromptDataModule(train=rows, val=rows[:6], batch_size=4, val_batch_size=2))
+    assert t.global_step == 4 and float(t.callback_metrics["train/failed_rewards"]) == 16
+    values = t.strategy.gather_objects({k: float(v) for k, v in t.callback_metrics.items() if "time/" not in k})
+    assert values[0] == values[1]
+
+
+if __name__ == "__main__":
+    checks.run(dict(globals()))
