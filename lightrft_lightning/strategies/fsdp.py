@@ -172,6 +172,23 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
+    # With NCCL Lightning evaluates in inference mode, whose tensors FSDP2's bookkeeping cannot take.
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return super().predict_step(*args, **kwargs)
+
     # ---------------------------------------------------------------- sharding
 
     @override

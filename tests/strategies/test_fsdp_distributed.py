@@ -20,11 +20,11 @@ def results(run_ranks, tmp_path_factory):
     """What came of each check, by job and rank."""
     cache = {}
 
-    def of(job):
+    def of(job, ranks=2):
         if job not in cache:
             folder = tmp_path_factory.mktemp(job)
-            run_ranks(JOBS / f"{job}.py", folder, timeout=200)
-            cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+            run_ranks(JOBS / f"{job}.py", folder, world_size=ranks, timeout=200)
+            cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
         return cache[job]
 
     return of
@@ -39,4 +39,10 @@ def test_hand_written_loop(results, check):
 @pytest.mark.parametrize("check", checks_of("fsdp_trainer"))
 def test_trainer(results, check):
     for rank in results("fsdp_trainer"):
+        assert rank[check] == "ok", rank[check]
+
+
+@pytest.mark.parametrize("check", checks_of("fsdp_hybrid"))
+def test_hybrid_sharding(results, check):
+    for rank in results("fsdp_hybrid", 4):
         assert rank[check] == "ok", rank[check]

@@ -141,6 +141,24 @@ def check_fit_twice_validate_and_test_alone():
     trainer().validate(Plain(), data(), verbose=False)
 
 
+class InferenceMode(pl.Callback):
+    """What Lightning does around an evaluation with NCCL; with gloo it takes `no_grad`."""
+
+    def on_validation_start(self, *args):
+        self.mode = torch.inference_mode()
+        self.mode.__enter__()
+
+    def on_validation_end(self, *args):
+        self.mode.__exit__(None, None, None)
+
+
+def check_first_forward_pass_in_inference_mode():
+    t, module = trainer(callbacks=[InferenceMode()]), Plain()
+    t.validate(module, data(), verbose=False)
+    t.fit(module, data(), data())
+    assert t.global_step == 8
+
+
 def check_unsharded_trainable_parameters_are_refused():
     with pytest.raises(MisconfigurationException, match=r"trainable parameters that are not sharded: scale\. Put them"):
         trainer().fit(Loose(), data())
