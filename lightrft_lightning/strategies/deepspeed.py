@@ -1,32 +1,263 @@
-"""`DeepspeedStrategy`: name, dispatch and configuration checks; the back end itself is not part of this release."""
+"""`DeepspeedStrategy`: optimizer state, gradients and parameters sharded by DeepSpeed ZeRO-1, 2 and 3.
+
+Source: https://arxiv.org/abs/1910.02054, https://deepspeed.readthedocs.io/en/latest/zero3.html
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
-from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies._zero import ZeroModel, buckets, start_deepspeed
+from lightrft_lightning.strategies._zero_config import (
+    LIGHTNING_KEYWORDS,
+    check_settings,
+    lookup,
+    put,
+    read_overrides,
+    zero_config,
+)
+from lightrft_lightning.strategies.base import _Trained
+from lightrft_lightning.strategies.distributed import DistributedStrategy
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-class DeepspeedStrategy(StrategyBase):
-    """DeepSpeed ZeRO-1, 2 and 3. Not available yet: the first thing that would need it says so.
+class _LightningDeepSpeed(DeepSpeedStrategy):
+    """Lightning's strategy without its constructor, which needs DeepSpeed and fills in its own JSON."""
+
+    def __init__(
+        self,
+        accelerator: Any = None,
+        parallel_devices: Any = None,
+        cluster_environment: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+    ) -> None:
+        DDPStrategy.__init__(
+            self,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+        )
+
+
+class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
+    """DeepSpeed ZeRO: stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
+
+    Each trained model gets a DeepSpeed engine of its own, each with its own optimizer. The models stay the caller's
+    objects. Models without an optimizer are sharded at stage 3, and whole on every rank below.
+
+    Settings of `StrategyConfig` that matter here: ``zero_stage``, ``adam_offload``, ``zpg``, ``overlap_comm``,
+    ``grad_accum_dtype``, ``bf16`` and ``fp16`` (fp32 master weights).
+
+    Args:
+        deepspeed_config: keys of DeepSpeed's JSON, or a file of them; they win over what the strategy writes, but must
+            not contradict its fields.
+        timeout: how long a collective may take before it is an error.
+        **kwargs: see `StrategyBase`; of Lightning's ``DeepSpeedStrategy`` those that stand for one of these settings.
 
     Raises:
-        ValueError: a configuration that contradicts DeepSpeed, e.g. ``fsdp=True``.
+        ValueError: settings that contradict each other or DeepSpeed, e.g. ``fsdp=True``.
     """
 
     strategy_name = "lightrft_deepspeed"
-    # Any number of devices may be asked for; what says "not available" comes later.
-    parallel_devices = None  # type: ignore[assignment, override]
-    num_nodes = 1  # type: ignore[assignment]
 
+    def __init__(
+        self,
+        *,
+        deepspeed_config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        timeout: timedelta | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._overrides = read_overrides(deepspeed_config)
+        for keyword in LIGHTNING_KEYWORDS.keys() & kwargs.keys():
+            key, value_of = LIGHTNING_KEYWORDS[keyword]
+            value = kwargs.pop(keyword)
+            put(self._overrides, key, value if value_of is None else value_of(value))
+        for theirs, ours in (("stage", "zero_stage"), ("offload_optimizer", "adam_offload")):
+            if theirs in kwargs:
+                kwargs.setdefault(ours, kwargs.pop(theirs))
+        super().__init__(**kwargs)
+        self._timeout = timeout
+        self._zero: WeakKeyDictionary[nn.Module, ZeroModel] = WeakKeyDictionary()
+        self._averages: WeakKeyDictionary[nn.Parameter, Tensor] = WeakKeyDictionary()
+
+    @override
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
         if config.fsdp:
             raise ValueError("DeepspeedStrategy(fsdp=True): leave fsdp out, or use FSDPV2Strategy")
+        check_settings(config, self._overrides)
         return config
 
-    def _not_available(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(f"strategy {self.strategy_name!r} is not available yet in this release")
+    @property
+    def zero_stage_3(self) -> bool:
+        """Whether parameters are sharded; Lightning's model summary asks."""
+        return self.config.zero_stage == 3
 
-    setup_distributed = setup_environment = prepare = create_optimizer = init_model_context = _not_available
-    save_ckpt = load_ckpt = backward = optimizer_step = _not_available
+    # ---------------------------------------------------------------- models and optimizers
+
+    @property
+    def _deepspeed(self) -> Any:
+        return start_deepspeed(self.root_device, self._timeout)
+
+    @override
+    def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
+        zero = self._zero.get(model)
+        if zero is not None and zero.optimizer is known.optimizer:
+            return model
+        if known.optimizer is None and self.config.zero_stage < 3:
+            model.to(self.root_device)
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(self.compute_dtype)
+        else:
+            self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, self._json(model))
+            known.engine = zero.engine
+        if self.compute_dtype != torch.float32:
+            _cast_inputs(model, self.compute_dtype)
+        return model
+
+    def _json(self, model: nn.Module) -> dict[str, Any]:
+        return zero_config(
+            self.config, self._overrides, model,
+            dtype=self.compute_dtype, device=self.root_device, ranks=self.world_size,
+        )  # fmt: skip
+
+    def _zero_of(self, optimizer: Optimizer) -> ZeroModel:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        for zero in self._zero.values():
+            if zero.optimizer is raw:
+                return zero
+        raise ValueError(f"{type(raw).__name__} was not passed to prepare(): prepare the model together with it")
+
+    # ---------------------------------------------------------------- one step
+
+    @override
+    def _backward(
+        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+    ) -> None:
+        zero = self._zero_of(optimizer)
+        zero.backward(loss / (accumulation_steps or self.accumulation_steps), self._loss_scale(zero))
+
+    def _loss_scale(self, zero: ZeroModel) -> float:
+        if self.compute_dtype != torch.float16:
+            return 1.0
+        known = self._models.setdefault(zero.model, _Trained())
+        known.scaler = known.scaler or torch.amp.GradScaler(self.root_device.type)
+        return known.scaler.get_scale()
+
+    @override
+    def _optimizer_step(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        scheduler: Any,
+        name: str,
+        accumulation_steps: int | None = None,
+        flush: bool = False,
+    ) -> float | None:
+        zero = self._zero_of(optimizer)
+        raw = getattr(optimizer, "optimizer", optimizer)
+        steps = accumulation_steps or self.accumulation_steps
+        done = self._pending.get(raw, 0) + 1
+        self._pending[raw] = done
+        if done < steps and not flush:
+            return None
+        self._pending[raw] = 0
+        norm = self._step(zero, optimizer, name, done / steps, self.config.max_norm)
+        if scheduler is not None and math.isfinite(norm):
+            scheduler.step()
+        return norm
+
+    def _step(self, zero: ZeroModel, optimizer: Any, name: str, divisor: float, max_norm: float) -> float:
+        """One step of the engine, through Lightning's wrapper of the optimizer if it is one."""
+        norm = math.nan
+
+        def step() -> None:
+            nonlocal norm
+            norm = zero.step(divisor * self._loss_scale(zero), max_norm)
+
+        with _counted_if(optimizer, lambda: math.isfinite(norm)):
+            self._make_step(optimizer, step)
+        known = self._models.get(zero.model)
+        if known is not None and known.scaler is not None:
+            _update_scale(known.scaler, norm)
+        self._count_step(norm, name)
+        return norm
+
+    # ---------------------------------------------------------------- whole parameters
+
+    @contextlib.contextmanager
+    @override
+    def gathered_parameters(self, model: nn.Module) -> Iterator[None]:
+        inside = [z for m in model.modules() if (z := self._zero.get(m)) is not None and z.stage == 3]
+        with contextlib.ExitStack() as stack:
+            for zero in inside:
+                stack.enter_context(zero.without_hooks())
+                stack.enter_context(zero.whole(list(zero.model.parameters())))
+            yield
+
+    @override
+    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        gathered = self._deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
+        for bucket in buckets(dict(model.named_parameters())):
+            free = [p for p in bucket.values() if hasattr(p, "ds_id")]
+            with gathered(free) if gathered is not None and free else contextlib.nullcontext():
+                for name, parameter in bucket.items():
+                    yield name, parameter.detach()
+
+
+@contextlib.contextmanager
+def _counted_if(optimizer: Any, made: Callable[[], bool]) -> Iterator[None]:
+    """Let Lightning's wrapper count the step inside only if there was one."""
+    if not isinstance(optimizer, LightningOptimizer):
+        yield
+        return
+    count, optimizer._on_after_step = optimizer._on_after_step, do_nothing_closure
+    try:
+        yield
+    finally:
+        optimizer._on_after_step = count
+    if made():
+        count()
+
+
+def _update_scale(scaler: torch.amp.GradScaler, norm: float) -> None:
+    """Let `scaler` see whether the gradients were finite: DeepSpeed has the gradients, it has the policy."""
+    scaler.scale(torch.zeros((), device=scaler._device))  # allocates its state at first use
+    witness = nn.Parameter(torch.zeros((), device=scaler._device))
+    witness.grad = torch.full_like(witness, norm)
+    seen = torch.optim.SGD([witness])
+    scaler.unscale_(seen)
+    scaler.update()
+
+
+def _cast_inputs(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give `model` its floating-point inputs in the dtype of its weights."""
+    if hasattr(model, "_lightrft_cast"):
+        return
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map(cast, (args, kwargs))
+
+    model._lightrft_cast = model.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[assignment]
