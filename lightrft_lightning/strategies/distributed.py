@@ -17,6 +17,8 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.models.export import hugging_face_part, save_pretrained, whole_copy
 from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, start_process_group
 
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -33,7 +35,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
 
     # StrategyBase has these for one process and comes first among the base classes.
     reduce_boolean_decision = ParallelStrategy.reduce_boolean_decision
-    _timeout: timedelta | None = None
+    _timeout: timedelta | None = DEFAULT_TIMEOUT
 
     _device: torch.device | None = None
     """Set by `setup_distributed`; a Trainer sets `parallel_devices` instead."""
@@ -105,16 +107,25 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         Raises:
             ValueError: environment variables that contradict each other, or batch sizes that do not divide.
         """
-        self._join_process_group(timeout or self._timeout)
+        self._join_process_group(timeout or self._timeout or DEFAULT_TIMEOUT)
         super().setup_distributed()
 
-    def _join_process_group(self, timeout: timedelta | None) -> None:
-        self._device = torch.device("cpu")
-        if dist.is_initialized():
-            return
-        store = None if "WORLD_SIZE" in os.environ else dist.HashStore()
-        ranks: dict[str, Any] = {} if store is None else {"rank": 0, "world_size": 1, "store": store}
-        dist.init_process_group("gloo", timeout=timeout, **ranks)
+    def _join_process_group(self, timeout: timedelta) -> None:
+        place = start_process_group(timeout)
+        self._device, self._local_rank = place.device, place.local_rank
+        watch_ranks(timeout)
+
+    @override
+    def _configure_launcher(self) -> None:
+        # With one process there is nothing to launch, so that notebooks work.
+        assert self.cluster_environment is not None
+        if self.num_processes * self.num_nodes > 1:
+            self._launcher = WatchedLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this machine."""
+        return len(self._parallel_devices or [])
 
     # ---------------------------------------------------------------- export
 

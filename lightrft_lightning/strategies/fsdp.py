@@ -35,6 +35,8 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.distributed import DistributedStrategy
+from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -78,7 +80,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         if kwargs.get("config") is None and kwargs.get("args") is None:
             kwargs.setdefault("fsdp", True)
         super().__init__(process_group_backend=process_group_backend, **kwargs)
-        self._timeout = timeout
+        self._timeout = timeout or DEFAULT_TIMEOUT
         self.reshard_after_forward = reshard_after_forward
 
     @override
@@ -105,16 +107,11 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self._check_precision()
         # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
         self._setup_distributed()
+        watch_ranks(self._timeout or DEFAULT_TIMEOUT)
         self._check_batch_sizes()
         self._make_mesh()
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # for a `configure_model` that shards by itself
-
-    @override
-    def _configure_launcher(self) -> None:
-        # With one process there is nothing to launch, so that notebooks work.
-        if self.num_processes * self.num_nodes > 1:
-            super()._configure_launcher()
 
     def _check_precision(self) -> None:
         precision = str(self.precision_plugin.precision)
