@@ -10,11 +10,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import json
-import logging
 import os
 import re
-import secrets
 import select
 import socket
 import subprocess
@@ -22,15 +19,15 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
-log = logging.getLogger(__name__)
+from lightrft_lightning.strategies.peers import Peer, Status, connect_peers
 
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
@@ -38,16 +35,19 @@ GRACE = 10.0
 EXIT_GRACE = 60.0
 """Seconds that the interpreter has to end once the error is out."""
 
-NEWS = 3.0
+NEWS = 4.0
 """Seconds that a failing rank stays for the others to take note of the cause: launchers kill soon after the first."""
 
 _COMMUNICATION = re.compile(r"gloo|nccl|c10d|TCPStore", re.IGNORECASE)
-_LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _COLLECTIVES = re.compile(r"[/\\](torch[/\\]distributed[/\\](?!checkpoint)|deepspeed[/\\])")
+_NOT_THE_USERS = (
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    "<frozen",
+)
 
 children: list[subprocess.Popen[Any]] = []
-"""Ranks that Lightning has started from this process; they do not outlive it."""
+"""Ranks that Lightning has started from this process; after a failure they do not outlive it."""
 
 _watch: RankWatch | None = None
 
@@ -62,9 +62,16 @@ class RankFailedError(RuntimeError):
     """
 
     def __init__(self, rank: int, cause: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(rank, cause, message)
         self.rank = rank
         self.cause = cause
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RankFailedError, self.args
 
 
 @dataclass(frozen=True)
@@ -74,75 +81,33 @@ class Verdict:
     rank: int
     cause: str
     message: str
-    stuck: bool = False
-    """Whether that rank's own main thread cannot be expected to end it."""
-
-
-@dataclass
-class _Status:
-    """What a rank says about its main thread."""
-
-    name: str = "?"
-    """Host and process id."""
-    where: str = "start"
-    waiting: bool = False
-    """Inside torch.distributed or DeepSpeed."""
-    still: float = 0.0
-    """Seconds since it last moved."""
-
-
-@dataclass
-class _Peer:
-    """The connection to another rank; messages are JSON, one a line."""
-
-    rank: int
-    socket: socket.socket
-    status: _Status = field(default_factory=_Status)
-    heard: float = field(default_factory=time.monotonic)
-    acknowledged: bool = False
-    left: bool = False
-    open: bool = True
-    _buffer: bytes = b""
-
-    def send(self, **message: Any) -> None:
-        try:
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:  # it is gone: the reading side finds out, and says so
-            log.debug("rank %d cannot be reached", self.rank)
-
-    def receive(self) -> Iterator[dict[str, Any]]:
-        """The messages that have arrived; clears `open` at the end of the connection."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except OSError:
-            data = b""
-        self.open = bool(data)
-        self.heard = time.monotonic()
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
+    raised: bool
+    """It ends with an exception of its own; otherwise it died or stands still."""
 
 
 def watch_ranks(timeout: timedelta) -> RankWatch | None:
-    """Start to watch the ranks of the default process group; all of them call this together. At most one runs.
+    """Watch the ranks of the default process group; all of them call this together. At most one watch is active.
 
-    It stays until the process ends: so does the process group.
+    It stays until the process ends, as the process group does.
 
     Args:
         timeout: how long a rank may wait in a collective, or give no sign of life, before the job is ended.
 
     Returns:
         The watch; None where there is no other rank.
+
+    Raises:
+        ConnectionError: a rank cannot connect to rank 0.
     """
     global _watch
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    place = (dist.get_rank(), dist.get_world_size())
-    if _watch is not None and (_watch.rank, _watch.world_size) != place:
-        _watch.stop()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if _watch is not None and ((_watch.rank, _watch.world_size) != (rank, world_size) or _watch.verdict is not None):
+        _watch.stop()  # another process group, or a failure on all ranks that the program has caught
         _watch = None
     if _watch is None:
-        _watch = RankWatch(*place, timeout)
+        _watch = RankWatch(rank, world_size, timeout)
     _watch.timeout = timeout.total_seconds()
     return _watch
 
@@ -151,8 +116,7 @@ def report(exception: BaseException) -> RankFailedError | None:
     """Tell the other ranks that this one ends with `exception`.
 
     Returns:
-        The error to end with instead, if another rank had failed first; None if `exception` is the first failure, or
-        nobody watches.
+        The error to end with instead, if `exception` only follows from the failure of another rank; else None.
     """
     return None if _watch is None else _watch.report(exception)
 
@@ -170,43 +134,24 @@ class RankWatch:
         self.rank, self.world_size = rank, world_size
         self.timeout = timeout.total_seconds()
         self.verdict: Verdict | None = None
-        self._changed = threading.Condition()  # guards all that follows, against the main thread
-        self._peers: dict[int, _Peer] = {}
-        self._suspicion: tuple[float, int, str] | None = None
-        self._reported = self._informed = self._stopped = False
-        self._exit_at: float | None = None
+        self._peers = connect_peers(rank, world_size, time.monotonic() + min(self.timeout, 300.0))
+        self._changed = threading.Condition()  # guards what follows and the peers, against the main thread
+        self._status = Status(f"{socket.gethostname()}, pid {os.getpid()}")
         self._stack = _Stack()
-        self._name = f"{socket.gethostname()}, pid {os.getpid()}"
-        self._connect()
+        self._suspicion: tuple[float, int, str] | None = None
+        self._stopped = False
+        self._reported = self._own_failure = False
+        self._act_at: float | None = None
+        self._exit_at: float | None = None
+        self._informed = False
         self._wake, self._waker = socket.socketpair()
-        self._previous_hook = sys.excepthook
-        sys.excepthook = self._excepthook
-        atexit.register(self.stop)
+        self._previous_hook, sys.excepthook = sys.excepthook, self._excepthook
+        atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._forget)
-        self._thread = threading.Thread(target=self._run, name="lightrft-rank-watch", daemon=True)
-        self._thread.start()
-
-    # ---------------------------------------------------------------- connections
-
-    def _connect(self) -> None:
-        deadline = time.monotonic() + min(self.timeout, 300.0)
-        listener = _listener() if self.rank == 0 else None
-        box: list[Any] = [None]
-        if listener is not None:
-            box = [(_addresses(), listener.getsockname()[1], secrets.token_hex(16))]
-        dist.broadcast_object_list(box, src=0)
-        hosts, port, token = box[0]
-        if listener is None:
-            self._peers[0] = _Peer(0, _reach(hosts, port, token, self.rank, deadline))
-            return
-        with listener:
-            while len(self._peers) < self.world_size - 1:
-                missing = sorted(set(range(1, self.world_size)) - set(self._peers))
-                connection, rank = _accept(listener, token, deadline, missing)
-                self._peers[rank] = _Peer(rank, connection)
+        threading.Thread(target=self._run, name="lightrft-rank-watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Take leave of the others: this process ends without an error."""
+        """Take leave of the others: from here on, this process is on its own."""
         with self._changed:
             if self._stopped:
                 return
@@ -215,60 +160,66 @@ class RankWatch:
                 peer.send(left=True)
                 with contextlib.suppress(OSError):
                     peer.socket.shutdown(socket.SHUT_WR)
-        self._wake_up()
-        atexit.unregister(self.stop)
+        self._waker.send(b".")
+        atexit.unregister(self._at_exit)
         if sys.excepthook == self._excepthook:
             sys.excepthook = self._previous_hook
 
+    def _at_exit(self) -> None:
+        if self.verdict is None and not self._reported:
+            self.stop()
+            return
+        deadline = time.monotonic() + GRACE  # the thread goes on, in case that the interpreter does not end
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, deadline - time.monotonic()))
+            child.kill()
+
     def _forget(self) -> None:
-        """In a forked child (a data loader's worker): the connections are the parent's."""
+        """In a forked child (a worker of a data loader): the connections are the parent's."""
         self._stopped = True
+        self._changed = threading.Condition()
         for peer in self._peers.values():
             peer.socket.close()
-
-    def _wake_up(self) -> None:
-        self._waker.send(b".")
 
     # ---------------------------------------------------------------- the main thread's side
 
     def report(self, exception: BaseException) -> RankFailedError | None:
         """See the function `report`."""
+        communication = _is_communication(exception)
         with self._changed:
             if self._stopped or self._reported:
                 return None
             self._reported = True
+            self._own_failure = not communication and not isinstance(exception, RankFailedError)
             _raise_in_main_thread(None)
             if self.verdict is None:
-                self._accuse(exception)
+                self._accuse(exception, communication)
+            self._waker.send(b".")
             self._changed.wait_for(lambda: self.verdict is not None, timeout=NEWS)
             verdict = self.verdict
             if verdict is not None and (verdict.rank == self.rank or self.rank == 0):
                 self._changed.wait_for(lambda: self._informed, timeout=NEWS)
-        if verdict is None or verdict.rank == self.rank or isinstance(exception, RankFailedError):
-            return None
-        return self._error(verdict)
+        return self._error(verdict) if communication and verdict and verdict.rank != self.rank else None
 
-    def _accuse(self, exception: BaseException) -> None:
-        text = str(exception)
-        cause = f"{type(exception).__name__}: {text}" if text else type(exception).__name__
-        message = {"cause": cause[:2000], "communication": _is_communication(exception)}
+    def _accuse(self, exception: BaseException, communication: bool) -> None:
+        cause = ": ".join(filter(None, (type(exception).__name__, str(exception))))[:2000]
         if self.rank == 0:
-            self._on_failure(0, **message)
-            self._wake_up()
-        else:
-            self._peers[0].send(failed=message)
+            self._on_failure(0, cause, communication)
+        elif self._peers[0].open and not self._peers[0].left:
+            self._peers[0].send(failed=cause, communication=communication)
+        elif communication:
+            self._conclude(0, "had ended already", f" when rank {self.rank} needed it: {cause}")
 
     def _error(self, verdict: Verdict) -> RankFailedError:
-        text = f"rank {self.rank} ended because {verdict.message}"
-        return RankFailedError(verdict.rank, verdict.cause, text)
+        return RankFailedError(verdict.rank, verdict.cause, f"rank {self.rank} ended because {verdict.message}")
 
     def _excepthook(self, kind: type[BaseException], value: BaseException, traceback: Any) -> None:
         error = self.report(value)
         self._previous_hook(kind, value, traceback)
         if error is not None:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        with self._changed:
-            self._exit_at = time.monotonic() + EXIT_GRACE
+            _say(f"{type(error).__name__}: {error}")
+        self._exit_at = time.monotonic() + EXIT_GRACE
 
     # ---------------------------------------------------------------- the thread
 
@@ -276,50 +227,53 @@ class RankWatch:
         beat_at = 0.0
         while not self._stopped:
             interval = min(1.0, self.timeout / 5)
-            sockets: dict[Any, _Peer] = {p.socket: p for p in self._peers.values() if p.open}
+            if time.monotonic() >= beat_at:
+                beat_at = time.monotonic() + interval
+                self._beat()
+            sockets = {p.socket: p for p in self._peers.values() if p.open}
             readable, _, _ = select.select([self._wake, *sockets], [], [], interval)
+            now = time.monotonic()
             with self._changed:
+                if self._stopped:
+                    return
                 for ready in readable:
                     if ready is self._wake:
                         self._wake.recv(1 << 10)
                     else:
                         self._hear(sockets[ready])
-                if time.monotonic() >= beat_at:
-                    self._beat()
-                    beat_at = time.monotonic() + interval
-                self._judge(interval)
+                if self.verdict is None:
+                    self._judge(now, interval)
+                if self.verdict is not None:
+                    self._execute(now)
                 self._changed.notify_all()
-            if self._exit_at is not None and time.monotonic() > self._exit_at:
+            if self._exit_at is not None and now > self._exit_at:
                 self._end_process()
 
     def _beat(self) -> None:
-        self._status = _Status(self._name, *self._stack.sample())
-        for peer in self._peers.values():
-            if peer.open:
-                peer.send(status=asdict(self._status))
+        now = time.monotonic()
+        with self._changed:
+            self._status = Status(self._status.name, *self._stack.sample())
+            for peer in self._peers.values():
+                if peer.open and now - peer.heard < 60:  # nobody empties the buffers of a stopped process
+                    peer.send(status=asdict(self._status))
 
-    def _hear(self, peer: _Peer) -> None:
+    def _hear(self, peer: Peer) -> None:
         for message in peer.receive():
             if "status" in message:
-                peer.status = _Status(**message["status"])
+                peer.status = Status(**message["status"])
             elif "failed" in message:
-                self._on_failure(peer.rank, **message["failed"])
+                self._on_failure(peer.rank, message["failed"], message["communication"])
             elif "verdict" in message:
-                peer.send(acknowledged=True)
-                self._accept_verdict(Verdict(**message["verdict"]))
-            elif "acknowledged" in message:
-                peer.acknowledged = True
-            elif "informed" in message:
-                self._informed = True
-            elif "left" in message:
-                peer.left = True
+                self._accept(Verdict(**message["verdict"]))
+            peer.acknowledged |= "acknowledged" in message
+            peer.left |= "left" in message
+            self._informed |= "informed" in message
         if not peer.open and not peer.left and self.verdict is None:
-            self._conclude(
-                peer.rank, "died without an error of its own",
-                f": killed (SIGKILL, out of memory), crashed or gone by os._exit; last seen in {peer.status.where}",
-            )  # fmt: skip
+            where = peer.status.where
+            how = "killed by a signal (SIGKILL: out of memory?), crashed, or gone by os._exit"
+            self._conclude(peer.rank, "died without an error of its own", f": {how}; last seen in {where}")
 
-    # ---------------------------------------------------------------- rank 0 decides
+    # ---------------------------------------------------------------- who failed first
 
     def _on_failure(self, rank: int, cause: str, communication: bool) -> None:
         """A rank ends with an exception. If it is one of communication, the culprit is probably another rank."""
@@ -328,118 +282,122 @@ class RankWatch:
         if communication:
             self._suspicion = self._suspicion or (time.monotonic() + 1.0, rank, cause)
         else:
-            self._conclude(rank, cause, verb="failed: ")
+            self._conclude(rank, cause, raised=True)
 
-    def _judge(self, interval: float) -> None:
-        """Look for ranks that stand still, and see a verdict through."""
-        if self.verdict is not None:
-            peers = self._peers.values()
-            if self.rank == 0 and not self._informed and all(p.acknowledged or not p.open for p in peers):
-                self._informed = True
-                for peer in peers:
-                    peer.send(informed=True)
-            return
-        now = time.monotonic()
+    def _judge(self, now: float, interval: float) -> None:
         silent = {p.rank: now - p.heard for p in self._peers.values() if p.open}
-        for rank, seconds in silent.items():
-            if seconds > self.timeout:
-                self._conclude_silent(rank, seconds)
-                return
-        if self.rank == 0:
-            self._look_for_waiting()
-        if self.verdict is None and self._suspicion is not None and now > self._suspicion[0]:
-            self._settle_suspicion({r: s for r, s in silent.items() if s > 3 * interval})
+        longest = max(silent, key=lambda r: silent[r], default=0)
+        waiting = {r: s.still for r, s in self._statuses().items() if s.waiting}
+        patient = max(waiting, key=lambda r: waiting[r], default=0)
+        if silent and silent[longest] > self.timeout:
+            self._conclude_silent(longest, silent[longest])
+        elif self.rank == 0 and waiting and waiting[patient] > self.timeout:
+            self._conclude_absent(patient, waiting[patient])
+        elif self._suspicion is not None and now > self._suspicion[0]:
+            _, reporter, cause = self._suspicion
+            if silent and silent[longest] > 3 * interval:
+                self._conclude_silent(longest, silent[longest])
+            elif any(p.left for p in self._peers.values()) or re.search("timed? ?out", cause, re.IGNORECASE):
+                self._conclude_absent(reporter, self.timeout)
+            else:
+                self._conclude(reporter, cause, raised=True)
 
     def _conclude_silent(self, rank: int, seconds: float) -> None:
-        self._conclude(
-            rank, f"has given no sign of life for {seconds:.0f} s",
-            f": stopped, or its machine is gone; last seen in {self._peers[rank].status.where}", stuck=True,
-        )  # fmt: skip
-
-    def _look_for_waiting(self) -> None:
-        statuses = self._statuses()
-        waiting = {r: s for r, s in statuses.items() if s.waiting and s.still > self.timeout}
-        if waiting:
-            first = max(waiting, key=lambda r: waiting[r].still)
-            self._conclude_absent(first, waiting[first].still)
-
-    def _settle_suspicion(self, silent: dict[int, float]) -> None:
-        assert self._suspicion is not None
-        _, reporter, cause = self._suspicion
-        left = [p.rank for p in self._peers.values() if p.left]
-        if silent:
-            self._conclude_silent(*max(silent.items(), key=lambda item: item[1]))
-        elif left:
-            self._conclude(left[0], "had ended already", f" when rank {reporter} needed it: {cause}")
-        elif re.search(r"time[sd]?[ -]?out", cause, re.IGNORECASE):
-            self._conclude_absent(reporter, self.timeout)
-        else:
-            self._conclude(reporter, cause, verb="failed: ")
+        where = self._peers[rank].status.where
+        detail = f": stopped, or its machine is gone; last seen in {where}"
+        self._conclude(rank, f"has given no sign of life for {seconds:.0f} s", detail)
 
     def _conclude_absent(self, waiting: int, seconds: float) -> None:
-        """`waiting` has waited for too long: blame who is elsewhere, longest first."""
-        others = {r: s for r, s in self._statuses().items() if r != waiting and not s.waiting}
-        if not others:  # all wait, but not for the same thing
-            others = {r: s for r, s in self._statuses().items() if r != waiting}
-        rank = max(others, key=lambda r: others[r].still)
-        status = others[rank]
-        self._conclude(
-            rank, f"did not join a collective for {seconds:.0f} s",
-            f": it has been in {status.where} for {status.still:.0f} s, while rank {waiting} waited in "
-            f"{self._statuses()[waiting].where}", stuck=True,
-        )  # fmt: skip
+        """`waiting` has waited for too long: for a rank that has ended, or else for the one longest elsewhere."""
+        statuses = self._statuses()
+        here = statuses.pop(waiting).where
+        left = [p.rank for p in self._peers.values() if p.left]
+        if left:
+            self._conclude(left[0], "had ended already", f" when rank {waiting} needed it in {here}")
+            return
+        # If all wait, it is not for the same thing.
+        elsewhere = {r: s for r, s in statuses.items() if not s.waiting} or statuses
+        rank = max(elsewhere, key=lambda r: elsewhere[r].still)
+        status = elsewhere[rank]
+        detail = f": it has been in {status.where} for {status.still:.0f} s while rank {waiting} waited in {here}"
+        self._conclude(rank, f"did not come to a collective for {seconds:.0f} s", detail)
 
-    def _statuses(self) -> dict[int, _Status]:
+    def _statuses(self) -> dict[int, Status]:
         return {self.rank: self._status, **{p.rank: p.status for p in self._peers.values() if p.open}}
 
-    def _conclude(self, rank: int, cause: str, detail: str = "", verb: str = "", stuck: bool = False) -> None:
-        name = self._name if rank == self.rank else self._peers[rank].status.name
-        verdict = Verdict(rank, cause, f"rank {rank} ({name}) {verb}{cause}{detail}", stuck)
+    def _conclude(self, rank: int, cause: str, detail: str = "", raised: bool = False) -> None:
+        name = self._status.name if rank == self.rank else self._peers[rank].status.name
+        verb = "failed: " if raised else ""
+        verdict = Verdict(rank, cause, f"rank {rank} ({name}) {verb}{cause}{detail}", raised)
         if self.rank == 0:
             for peer in self._peers.values():
                 peer.send(verdict=asdict(verdict))
-        self._accept_verdict(verdict)
+        self._accept(verdict)
 
     # ---------------------------------------------------------------- the end
 
-    def _accept_verdict(self, verdict: Verdict) -> None:
-        """Say it at once, since a launcher may kill this process any moment; then make the main thread end it."""
-        if self.verdict is not None:
-            return
-        self.verdict = verdict
-        if verdict.rank == self.rank and not verdict.stuck:
-            return
-        print(f"[rank {self.rank}] ending: {verdict.message}", file=sys.stderr, flush=True)
-        if not self._reported:
-            # Who is stuck keeps the others in their collective until it has gone.
-            self._exit_at = time.monotonic() + (1.0 if verdict.rank == self.rank else GRACE)
-            _raise_in_main_thread(lambda: self._error(verdict))
+    def _accept(self, verdict: Verdict) -> None:
+        if self.verdict is None:
+            self.verdict = verdict
+            # Often all ranks raise the same error, e.g. refuse a setting: then each one's own is the better.
+            self._act_at = time.monotonic() + (1.0 if verdict.raised else 0.0)
+
+    def _execute(self, now: float) -> None:
+        """Make this process end, once, and see to it that all ranks know why."""
+        assert self.verdict is not None
+        if self._act_at is not None and (self._reported or now >= self._act_at):
+            self._act_at = None
+            if not self._own_failure:
+                # At once and not only in a traceback: a launcher may kill this process any moment.
+                _say(f"[rank {self.rank}] ending: {self.verdict.message}")
+            if not self._reported:
+                # While a rank is stuck, so are the others that wait for it.
+                self._exit_at = now + (1.0 if self.verdict.rank == self.rank else GRACE)
+                _raise_in_main_thread(self._error(self.verdict))
+            for peer in self._peers.values():
+                peer.send(acknowledged=True)
+        if self.rank == 0 and not self._informed and all(p.acknowledged or not p.open for p in self._peers.values()):
+            self._informed = True
+            for peer in self._peers.values():
+                peer.send(informed=True)
 
     def _end_process(self) -> None:
-        print(f"[rank {self.rank}] the main thread does not end: leaving at once", file=sys.stderr, flush=True)
+        _say(f"[rank {self.rank}] the main thread does not end: leaving at once")
         for child in children:
             child.kill()
         os._exit(1)
 
 
-# -------------------------------------------------------------------- the main thread
+def _say(line: str) -> None:
+    # Not sys.stderr: while torch's own hook prints a traceback, that is a buffer, lost if the process is killed.
+    print(line, file=sys.__stderr__, flush=True)
 
 
 class _Stack:
     """Where the main thread is, and since when it has not moved."""
 
     def __init__(self) -> None:
-        self._last: tuple[tuple[int, int], ...] = ()
+        self._last: Any = None
         self._since = 0.0
 
     def sample(self) -> tuple[str, bool, float]:
-        """Its place in the program, whether that is in a collective, and seconds since it got there."""
+        """Its place in the program, whether that is in a collective, and for how many seconds it has been there."""
         frames = list(_frames(sys._current_frames().get(threading.main_thread().ident or 0)))
-        position = tuple((id(frame), frame.f_lasti) for frame in frames)
+        # The next step may come to the same place, with frames in the same memory: collectives tell it apart.
+        position = _collectives_begun(), [(id(frame), frame.f_lasti) for frame in frames]
         if position != self._last:
             self._last, self._since = position, time.monotonic()
         waiting = any(_COLLECTIVES.search(frame.f_code.co_filename) for frame in frames[:4])
         return _place(frames), waiting, time.monotonic() - self._since
+
+
+def _collectives_begun() -> int:
+    """By this process, in all its groups."""
+    total = 0
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with contextlib.suppress(RuntimeError):  # a back end that does not count
+            total += group._get_sequence_number_for_group()
+    return total
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -450,31 +408,27 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _place(frames: list[FrameType]) -> str:
-    """The innermost line of the user's own code, and the function called from there."""
-    if not frames:
-        return "the end of the program"
-    for frame in frames:
-        path = frame.f_code.co_filename
-        if not path.startswith((*_LIBRARIES, _OWN, "<frozen")):
-            inner = frames[0].f_code.co_name
-            text = f"{os.path.basename(path)}:{frame.f_lineno} ({frame.f_code.co_name})"
-            return text if frame is frames[0] else f"{text} -> {inner}"
-    return f"{os.path.basename(frames[0].f_code.co_filename)}:{frames[0].f_lineno} ({frames[0].f_code.co_name})"
+    """The innermost line of the user's own code, and the function in which it has ended up."""
+    users = [f for f in frames if not f.f_code.co_filename.startswith(_NOT_THE_USERS)] or frames
+    if not users:
+        return "the end of its program"
+    line = f"{os.path.basename(users[0].f_code.co_filename)}:{users[0].f_lineno} ({users[0].f_code.co_name})"
+    return line if users[0] is frames[0] else f"{line} > {frames[0].f_code.co_name}"
 
 
-def _raise_in_main_thread(make: Callable[[], RankFailedError] | None) -> None:
-    """Raise an error at the main thread's next Python instruction; None takes back one that is still on its way."""
+def _raise_in_main_thread(error: RankFailedError | None) -> None:
+    """Raise `error` at the main thread's next Python instruction; None takes back one that is still on its way."""
     kind: Any = None
-    if make is not None:
-        error = make()
+    if error is not None:
+        arguments = error.args
 
-        # The interpreter makes the instance by itself, without arguments.
-        def __init__(self: RankFailedError) -> None:
-            RankFailedError.__init__(self, error.rank, error.cause, str(error))
+        def __init__(self: RankFailedError) -> None:  # the interpreter takes a class, and makes the instance itself
+            RankFailedError.__init__(self, *arguments)
 
-        kind = ctypes.py_object(type("RankFailedError", (RankFailedError,), {"__init__": __init__, "__module__": __name__}))
-    ident = ctypes.c_ulong(threading.main_thread().ident or 0)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, kind)
+        members = {"__init__": __init__, "__module__": __name__}
+        kind = ctypes.py_object(type("RankFailedError", (RankFailedError,), members))
+    main_thread = ctypes.c_ulong(threading.main_thread().ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(main_thread, kind)
 
 
 def _is_communication(exception: BaseException) -> bool:
@@ -482,67 +436,3 @@ def _is_communication(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and (
         isinstance(exception, dist.DistError) or _COMMUNICATION.search(str(exception)) is not None
     )
-
-
-# -------------------------------------------------------------------- sockets
-
-
-def _addresses() -> list[str]:
-    """Under which the other ranks may reach this one; the most likely first."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    if _is_loopback(master):
-        return ["127.0.0.1"]
-    found = [master, socket.gethostname()]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing: asks which interface leads there
-        found.insert(1, probe.getsockname()[0])
-    return list(dict.fromkeys(found))
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _listener() -> socket.socket:
-    host = "127.0.0.1" if _addresses() == ["127.0.0.1"] else ""
-    if host or not socket.has_dualstack_ipv6():
-        return socket.create_server((host, 0), backlog=1024)
-    return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-
-
-def _reach(hosts: list[str], port: int, token: str, rank: int, deadline: float) -> socket.socket:
-    """Connect to rank 0; another program may answer at one of the addresses, so it has to know the token."""
-    problems = []
-    for host in hosts:
-        try:
-            connection = socket.create_connection((host, port), timeout=10)
-            connection.settimeout(max(1.0, deadline - time.monotonic()))
-            connection.sendall(f"{token} {rank:08d}".encode())
-            if connection.recv(32, socket.MSG_WAITALL).decode() == token[::-1]:
-                connection.settimeout(None)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                return connection
-            problems.append(f"{host}: not rank 0")
-        except OSError as err:
-            problems.append(f"{host}: {err}")
-    raise ConnectionError(f"rank {rank} cannot reach rank 0 on port {port}: {'; '.join(problems)}")
-
-
-def _accept(listener: socket.socket, token: str, deadline: float, missing: list[int]) -> tuple[socket.socket, int]:
-    """The connection of one more rank; whoever does not know the token is turned away."""
-    while True:
-        listener.settimeout(max(0.1, deadline - time.monotonic()))
-        try:
-            connection, _ = listener.accept()
-        except TimeoutError:
-            raise ConnectionError(f"rank 0 has not heard from rank(s) {missing} within the deadline") from None
-        connection.settimeout(10)
-        try:
-            greeting = connection.recv(41, socket.MSG_WAITALL).decode(errors="replace")
-            if secrets.compare_digest(greeting[:32].encode(), token.encode()):
-                connection.sendall(token[::-1].encode())
-                connection.settimeout(None)
-                return connection, int(greeting[33:])
-        except OSError as err:
-            log.debug("a stranger called: %s", err)
-        connection.close()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightrft_lightning.strategies import failures
@@ -35,8 +36,8 @@ class Place(NamedTuple):
 def start_process_group(timeout: timedelta | None = None, accelerator: str | None = None) -> Place:
     """Join the job that the launcher describes, or start a process group of one process if nothing does.
 
-    Read are the variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``), then
-    those of ``srun``. A process group that exists already is joined as it is.
+    Read are the variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``),
+    then those of ``srun``. A process group that exists already is joined as it is.
 
     Args:
         timeout: how long a collective may take before it is an error; default 30 minutes.
@@ -149,9 +150,11 @@ class WatchedLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return super().launch(function, *args, **kwargs)
+        except _TunerExitException:  # the end of Lightning's search for a batch size or learning rate
+            raise
         except BaseException as exception:
             error = failures.report(exception)
-            if error is None or error is exception:
+            if error is None:
                 raise
             raise error from exception
 
