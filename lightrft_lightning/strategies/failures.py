@@ -32,6 +32,9 @@ from lightrft_lightning.strategies.peers import Peer, Status, connect_peers
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
 
+COLLECTIVE_GRACE = 3.0
+"""The same, while it is in a collective: this ends at once if a rank's process has gone, or not at all."""
+
 EXIT_GRACE = 60.0
 """Seconds that the interpreter has to end once the error is out."""
 
@@ -142,7 +145,7 @@ class RankWatch:
         self._stopped = False
         self._reported = self._own_failure = False
         self._act_at: float | None = None
-        self._exit_at: float | None = None
+        self._ending: float | None = None  # since when
         self._informed = False
         self._wake, self._waker = socket.socketpair()
         self._previous_hook, sys.excepthook = sys.excepthook, self._excepthook
@@ -192,6 +195,7 @@ class RankWatch:
                 return None
             self._reported = True
             self._own_failure = not communication and not isinstance(exception, RankFailedError)
+            self._ending = None
             _raise_in_main_thread(None)
             if self.verdict is None:
                 self._accuse(exception, communication)
@@ -219,7 +223,7 @@ class RankWatch:
         self._previous_hook(kind, value, traceback)
         if error is not None:
             _say(f"{type(error).__name__}: {error}")
-        self._exit_at = time.monotonic() + EXIT_GRACE
+        self._ending = time.monotonic()
 
     # ---------------------------------------------------------------- the thread
 
@@ -246,7 +250,7 @@ class RankWatch:
                 if self.verdict is not None:
                     self._execute(now)
                 self._changed.notify_all()
-            if self._exit_at is not None and now > self._exit_at:
+            if self._ending is not None and now - self._ending > self._patience():
                 self._end_process()
 
     def _beat(self) -> None:
@@ -351,8 +355,7 @@ class RankWatch:
                 # At once and not only in a traceback: a launcher may kill this process any moment.
                 _say(f"[rank {self.rank}] ending: {self.verdict.message}")
             if not self._reported:
-                # While a rank is stuck, so are the others that wait for it.
-                self._exit_at = now + (1.0 if self.verdict.rank == self.rank else GRACE)
+                self._ending = now
                 _raise_in_main_thread(self._error(self.verdict))
             for peer in self._peers.values():
                 peer.send(acknowledged=True)
@@ -360,6 +363,14 @@ class RankWatch:
             self._informed = True
             for peer in self._peers.values():
                 peer.send(informed=True)
+
+    def _patience(self) -> float:
+        if self._reported:
+            return EXIT_GRACE
+        assert self.verdict is not None
+        if self.verdict.rank == self.rank:
+            return 1.0  # as long as a rank is stuck, so are the others that wait for it
+        return COLLECTIVE_GRACE if self._status.waiting else GRACE
 
     def _end_process(self) -> None:
         _say(f"[rank {self.rank}] the main thread does not end: leaving at once")
@@ -396,7 +407,7 @@ def _collectives_begun() -> int:
     total = 0
     for group in list(dist.distributed_c10d._world.pg_map):
         with contextlib.suppress(RuntimeError):  # a back end that does not count
-            total += group._get_sequence_number_for_group()
+            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
     return total
 
 

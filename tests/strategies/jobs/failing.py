@@ -109,7 +109,7 @@ def all_together(culprit, how):
 
 def slowly(culprit, how):
     """Nothing is wrong. One rank takes its time, within the deadline; over several steps, longer than that."""
-    for step in range(3):
+    for _ in range(3):
         if dist.get_rank() == culprit:
             time.sleep(0.45 * TIMEOUT)
         dist.all_reduce(torch.ones(1))
