@@ -20,7 +20,7 @@ _GATHER_ELEMENTS = 200_000_000
 """Elements of the parameters that are whole at the same time while a sharded model is read."""
 
 
-def start_deepspeed(device: torch.device, timeout: timedelta | None) -> Any:
+def start_deepspeed(device: torch.device, local_rank: int, timeout: timedelta | None) -> Any:
     """Import DeepSpeed for this device and let it use torch's process group, which must exist.
 
     Raises:
@@ -28,7 +28,8 @@ def start_deepspeed(device: torch.device, timeout: timedelta | None) -> Any:
         RuntimeError: the process uses DeepSpeed on another kind of device already.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # DeepSpeed counts CPU "devices" by this variable of Intel's launcher.
+    # DeepSpeed reads its place on the machine from these, also in forward passes of stage 3.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed = import_extra("deepspeed", "deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -41,10 +42,9 @@ def start_deepspeed(device: torch.device, timeout: timedelta | None) -> Any:
     if kind == "cpu":
         # A kernel for inference only; DeepSpeed would compile it at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    limit = {} if timeout is None else {"timeout": timeout}
     backend = "nccl" if kind == "cuda" else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, **({"timeout": timeout} if timeout else {})
-    )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, **limit)
     return deepspeed
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON configuration: written from `StrategyConfig`, merged with the user's own keys, contradictions refused.
+"""DeepSpeed's JSON: written from `StrategyConfig`, merged with the user's own keys, contradictions refused.
 
 Source: https://www.deepspeed.ai/docs/config-json/
 """
@@ -80,8 +80,8 @@ def check_settings(config: StrategyConfig, overrides: Json) -> None:
         value = lookup(overrides, key)
         if value not in (None, AUTO, fixed):
             raise ValueError(
-                f"deepspeed_config[{key!r}]={value!r} contradicts the strategy's {field}: set the field of the strategy, "
-                "the JSON follows from it"
+                f"deepspeed_config[{key!r}]={value!r} contradicts the strategy's {field}: set that field, the JSON "
+                "follows from it"
             )
     if config.is_set("overlap_comm") and lookup(overrides, "zero_optimization.overlap_comm") not in (
         None, AUTO, config.overlap_comm,

@@ -26,7 +26,6 @@ from lightrft_lightning.strategies._zero import ZeroModel, buckets, start_deepsp
 from lightrft_lightning.strategies._zero_config import (
     LIGHTNING_KEYWORDS,
     check_settings,
-    lookup,
     put,
     read_overrides,
     zero_config,
@@ -115,7 +114,7 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
 
     @property
     def _deepspeed(self) -> Any:
-        return start_deepspeed(self.root_device, self._timeout)
+        return start_deepspeed(self.root_device, self.local_rank, self._timeout)
 
     @override
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
