@@ -6,7 +6,10 @@ Two runs for each back end, in fp32 with the same seed, model and data:
   backward passes a step, clipping that is active at every step.
 - GRPO under a `Trainer`: rollouts from the transformers engine, rewards, updates in passes of a small token budget.
 
-    python benchmarks/parity.py [--steps 20] [--only NAME ...]
+    python benchmarks/parity.py [--steps 20] [--only NAME ...] [--device cuda] [--bf16]
+
+With ``--device cuda`` every back end runs on one GPU in one process. With ``--bf16`` all compute in bfloat16 with fp32
+weights; rounding then depends on the order of sums, so differences of some per cent are to be expected.
 """
 
 from __future__ import annotations
@@ -63,14 +66,16 @@ def sequences(step: int) -> list[Tensor]:
     return [torch.randint(3, 16, (n,), generator=generator) for n in lengths]
 
 
-def hand_written_loop(name: str, steps: int) -> dict[str, Any]:
+def hand_written_loop(name: str, steps: int, device: str, bf16: bool) -> dict[str, Any]:
     """Losses and gradient norms of every step, and the parameters at the end."""
-    from lightrft_lightning import get_strategy
+    from lightrft_lightning import FakeStrategy, get_strategy
     from lightrft_lightning.models.tiny import tiny_llama
 
-    ranks = BACK_ENDS[name]
-    micro = BATCH // ACCUMULATION // ranks
-    strategy = get_strategy(name, train_batch_size=BATCH, micro_train_batch_size=micro, max_norm=0.2)
+    micro = BATCH // ACCUMULATION // processes(name, device)
+    settings: dict[str, Any] = {"train_batch_size": BATCH, "micro_train_batch_size": micro, "max_norm": 0.2}
+    settings["bf16"] = bf16
+    fake = name == "lightrft_fake"
+    strategy: Any = FakeStrategy(device=device, **settings) if fake else get_strategy(name, **settings)
     strategy.setup_distributed()
     models: dict[str, Any] = {"actor": tiny_llama(seed=0, width=32, layers=2), "critic": Critic()}
     rates = {"actor": 1e-3, "critic": 3e-3}
@@ -82,7 +87,8 @@ def hand_written_loop(name: str, steps: int) -> dict[str, Any]:
     for step in range(steps):
         batch = sequences(step)
         for part in range(ACCUMULATION):
-            rows = batch[part::ACCUMULATION][strategy.get_rank() :: strategy.world_size]
+            mine = batch[part::ACCUMULATION][strategy.get_rank() :: strategy.world_size]
+            rows = [row.to(strategy.root_device) for row in mine]
             losses = {"actor": actor_loss(models["actor"], rows), "critic": critic_loss(models["critic"], rows)}
             for k, loss in losses.items():
                 strategy.backward(loss, models[k], optimizers[k])
@@ -118,14 +124,14 @@ def length_reward(completion: str, answer: str) -> float:
     return len(set(completion) & set(answer)) - 0.1 * len(completion)
 
 
-def grpo(name: str, iterations: int) -> dict[str, Any]:
+def grpo(name: str, iterations: int, device: str, bf16: bool) -> dict[str, Any]:
     """Token ids, rewards, losses and gradient norms of a GRPO run."""
     import lightning.pytorch as pl
 
     from lightrft_lightning import PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
     from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
-    ranks = BACK_ENDS[name]
+    ranks = processes(name, device)
     tokens: list[Any] = []
     history: dict[str, list[float]] = {"loss": [], "grad_norm": [], "kl": [], "reward": []}
 
@@ -143,7 +149,8 @@ def grpo(name: str, iterations: int) -> dict[str, Any]:
         seed=7,
     )  # fmt: skip
     trainer = pl.Trainer(
-        strategy=name, accelerator="cpu", devices=ranks, max_epochs=1, limit_train_batches=iterations,
+        strategy=name, accelerator=device, devices=ranks, max_epochs=1, limit_train_batches=iterations,
+        precision="bf16-mixed" if bf16 else "32-true",
         callbacks=[TransformersRollout(), Record()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
     )  # fmt: skip
@@ -153,31 +160,40 @@ def grpo(name: str, iterations: int) -> dict[str, Any]:
     return {"tokens": tokens, "history": history, "weights": weights}
 
 
-def rank_main(name: str, steps: int, iterations: int, output: Path) -> None:
+def rank_main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    result = {"loop": hand_written_loop(name, steps), "grpo": grpo(name, iterations)}
+    result = {
+        "loop": hand_written_loop(args.rank_of, args.steps, args.device, args.bf16),
+        "grpo": grpo(args.rank_of, args.iterations, args.device, args.bf16),
+    }
     if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(result, output)
+        torch.save(result, args.output)
 
 
 # --------------------------------------------------------------------------------------------------- the comparison
 
 
-def run(name: str, steps: int, iterations: int, folder: Path) -> dict[str, Any]:
+def processes(name: str, device: str) -> int:
+    """On a CPU the sharded back ends run in two; on a machine with one GPU in one."""
+    return BACK_ENDS[name] if device == "cpu" else 1
+
+
+def run(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run a back end in processes of its own."""
     output = folder / f"{name}.pt"
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    ranks = BACK_ENDS[name]
-    command = [sys.executable, __file__, "--rank-of", name, "--steps", str(steps), "--iterations", str(iterations)]
+    ranks = processes(name, args.device)
+    command = [sys.executable, __file__, "--rank-of", name, "--device", args.device, "--output", str(output)]
+    command += ["--steps", str(args.steps), "--iterations", str(args.iterations), *(["--bf16"] if args.bf16 else [])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         env |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "parity"}
-    processes = [
+    jobs = [
         subprocess.Popen(
-            [*command, "--output", str(output)],
+            command,
             env=env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -185,22 +201,22 @@ def run(name: str, steps: int, iterations: int, folder: Path) -> dict[str, Any]:
         )
         for rank in range(ranks)
     ]
-    for rank, process in enumerate(processes):
+    for rank, process in enumerate(jobs):
         _, errors = process.communicate(timeout=600)
         if process.returncode:
-            for other in processes:
+            for other in jobs:
                 other.kill()
             raise SystemExit(f"{name}: rank {rank} failed\n{errors[-4000:]}")
     return torch.load(output, weights_only=False)
 
 
-def compare(name: str, result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+def compare(name: str, device: str, result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """Largest relative differences to the reference."""
     loop, loop_ref = result["loop"], reference["loop"]
     rl, rl_ref = result["grpo"], reference["grpo"]
     return {
         "strategy": name,
-        "processes": BACK_ENDS[name],
+        "processes": processes(name, device),
         "loss": _difference(loop["history"], loop_ref["history"], "loss"),
         "gradient norm": _difference(loop["history"], loop_ref["history"], "norm"),
         "parameters": _weights_difference(loop["weights"], loop_ref["weights"]),
@@ -228,17 +244,20 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5, help="iterations of GRPO, two optimizer steps each")
     parser.add_argument("--out", type=Path, help="JSON file of the differences; default: in benchmarks/results")
     parser.add_argument("--only", nargs="+", choices=list(BACK_ENDS)[1:], default=list(BACK_ENDS)[1:])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of:
-        rank_main(args.rank_of, args.steps, args.iterations, args.output)
+        rank_main(args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        results = {n: run(n, args.steps, args.iterations, Path(folder)) for n in ["lightrft_fake", *args.only]}
-    rows = [compare(name, results[name], results["lightrft_fake"]) for name in args.only]
-    print("Largest relative differences to `lightrft_fake` in one process, fp32:\n")
-    report("parity", rows, {"optimizer steps": args.steps, "GRPO iterations": args.iterations}, args.out)
+        results = {n: run(n, args, Path(folder)) for n in ["lightrft_fake", *args.only]}
+    rows = [compare(name, args.device, results[name], results["lightrft_fake"]) for name in args.only]
+    settings = {"optimizer steps": args.steps, "GRPO iterations": args.iterations, "device": args.device}
+    print("Largest relative differences to `lightrft_fake` in one process:\n")
+    report("parity", rows, {**settings, "compute": "bfloat16" if args.bf16 else "float32"}, args.out)
 
 
 if __name__ == "__main__":
