@@ -19,6 +19,7 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -197,6 +198,8 @@ class RankWatch:
             self._own_failure = not communication and not isinstance(exception, RankFailedError)
             self._ending = None
             _raise_in_main_thread(None)
+            self._stack.came_from(exception)
+            self._beat()
             if self.verdict is None:
                 self._accuse(exception, communication)
             self._waker.send(b".")
@@ -218,9 +221,9 @@ class RankWatch:
     def _error(self, verdict: Verdict) -> RankFailedError:
         return RankFailedError(verdict.rank, verdict.cause, f"rank {self.rank} ended because {verdict.message}")
 
-    def _excepthook(self, kind: type[BaseException], value: BaseException, traceback: Any) -> None:
+    def _excepthook(self, kind: type[BaseException], value: BaseException, trace: Any) -> None:
         error = self.report(value)
-        self._previous_hook(kind, value, traceback)
+        self._previous_hook(kind, value, trace)
         if error is not None:
             _say(f"{type(error).__name__}: {error}")
         self._ending = time.monotonic()
@@ -390,6 +393,11 @@ class _Stack:
     def __init__(self) -> None:
         self._last: Any = None
         self._since = 0.0
+        self._raised_in = ""
+
+    def came_from(self, exception: BaseException) -> None:
+        """The main thread has left its place with `exception`, which is what matters from now on."""
+        self._raised_in = _place([frame for frame, _ in traceback.walk_tb(exception.__traceback__)][::-1])
 
     def sample(self) -> tuple[str, bool, float]:
         """Its place in the program, whether that is in a collective, and for how many seconds it has been there."""
@@ -399,7 +407,7 @@ class _Stack:
         if position != self._last:
             self._last, self._since = position, time.monotonic()
         waiting = any(_COLLECTIVES.search(frame.f_code.co_filename) for frame in frames[:4])
-        return _place(frames), waiting, time.monotonic() - self._since
+        return self._raised_in or _place(frames), waiting, time.monotonic() - self._since
 
 
 def _collectives_begun() -> int:

@@ -56,7 +56,7 @@ def start_process_group(timeout: timedelta | None = None, accelerator: str | Non
     if accelerator not in ("cpu", "cuda"):
         raise ValueError(f"accelerator={accelerator!r}: choose 'cpu' or 'cuda'")
     rank, local_rank, world_size = _joined() if dist.is_initialized() else _announced(os.environ)
-    device = _device(accelerator, local_rank, world_size, os.environ)
+    device = _device(accelerator, local_rank, world_size)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         # In one process nobody else has to find us: no port, which a notebook could not choose.
@@ -121,7 +121,7 @@ def _set_slurm_master(env: Mapping[str, str]) -> None:
     os.environ.setdefault("MASTER_PORT", str(15000 + _number(env, "SLURM_JOB_ID", 0) % 10000))
 
 
-def _device(accelerator: str, local_rank: int, world_size: int, env: Mapping[str, str]) -> torch.device:
+def _device(accelerator: str, local_rank: int, world_size: int) -> torch.device:
     if accelerator == "cpu":
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
