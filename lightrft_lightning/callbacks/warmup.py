@@ -19,6 +19,7 @@ from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import global_seed
 from lightrft_lightning.callbacks._output import rlhf_module
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 
 if TYPE_CHECKING:
     from lightrft_lightning.experience.trajectory import Prompt
@@ -48,7 +49,8 @@ class SupervisedWarmup(Callback):
         seed: fixes the order of the prompts; default: Lightning's global seed, else 0.
 
     Raises:
-        ValueError: a value is out of range; when the fit starts: a prompt has no such column.
+        ValueError: a value is out of range; when the fit starts: a prompt has no such column, or the strategy is
+            DeepSpeed.
     """
 
     def __init__(
@@ -75,6 +77,11 @@ class SupervisedWarmup(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = rlhf_module(self, pl_module)
+        if isinstance(trainer.strategy, DeepspeedStrategy):
+            raise ValueError(
+                "SupervisedWarmup has an optimizer of its own, and DeepSpeed ties a model to one: warm up with "
+                "strategy='lightrft_fake' or 'lightrft_fsdp', export the model, and train that"
+            )
         prompts = getattr(trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         if not prompts:
             raise ValueError("SupervisedWarmup needs a data module with `train_prompts`, as PromptDataModule has")

@@ -86,6 +86,26 @@ def check_steps_equal_those_of_one_process():
         torch.testing.assert_close(whole, p.detach(), rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def check_tied_embeddings_stay_tied():
+    s, one = strategy(), FakeStrategy()
+    config = copy.deepcopy(llama().config)
+    config.tie_word_embeddings = True
+    norms = []
+    for strat in (s, one):
+        torch.manual_seed(0)
+        model, optimizer = trained(strat, type(llama())(config))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        for _ in range(2):
+            strat.backward(loss_of(model), model, optimizer)
+            norms.append(strat.optimizer_step(optimizer, model, None))
+        if strat is s:
+            assert isinstance(model.lm_head.weight, DTensor)
+            s.save_model(model, char_tokenizer(), FOLDER / "tied")
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-5)
+    with torch.no_grad():
+        same(load_model(FOLDER / "tied")(IDS).logits, model(IDS).logits, 1e-4)
+
+
 def check_gradients_travel_at_the_boundary_only():
     s = strategy()
     model, optimizer = trained(s)

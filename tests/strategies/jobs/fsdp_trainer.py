@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightrft_lightning import FSDPV2Strategy, PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
+from lightrft_lightning.callbacks import SupervisedWarmup
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
@@ -209,6 +210,18 @@ def check_a_rank_without_samples_keeps_the_others_company():
     assert t.global_step == 4 and float(t.callback_metrics["train/failed_rewards"]) == 16
     values = t.strategy.gather_objects({k: float(v) for k, v in t.callback_metrics.items() if "time/" not in k})
     assert values[0] == values[1]
+
+
+def check_supervised_warmup():
+    rows = [{"prompt": f"{a}+1=", "answer": str(a + 1)} for a in range(16)]
+    module = RLHFModule(
+        tiny_llama(seed=0, width=32, layers=2), lambda completion, answer: float(completion == answer), lr=1e-3,
+        tokenizer=char_tokenizer(), sampling=SamplingParams(n=4, max_new_tokens=4), seed=1,
+    )  # fmt: skip
+    callbacks = [TransformersRollout(), SupervisedWarmup(steps=60, lr=1e-2, batch_size=16)]
+    t = trainer(max_epochs=1, limit_train_batches=1, callbacks=callbacks)
+    t.fit(module, datamodule=PromptDataModule(train=rows, batch_size=4))
+    assert float(t.callback_metrics["train/reward"]) > 0.3
 
 
 if __name__ == "__main__":
