@@ -83,6 +83,10 @@ class StrategyConfig:
     local_rank: int = -1
     sp_size: int = 1
 
+    # Checkpoints
+    async_checkpoints: bool = False
+    """Under a `Trainer`, copy what is saved to CPU memory and write it beside training (`save_ckpt(wait=False)`)."""
+
     # Engine
     engine_type: EngineType = "vllm"
     engine_tp_size: int = 1

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
-from lightrft_lightning.strategies import checkpoint
+from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Trained:
     """DeepSpeed's engine."""
 
 
-class StrategyBase(InferenceEngines, Strategy):
+class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     """LightRFT's strategy interface; by itself a complete back end for one process.
 
     The same object serves a hand-written loop and ``Trainer(strategy=...)``. Subclass it and call
@@ -448,102 +448,7 @@ class StrategyBase(InferenceEngines, Strategy):
         """
         yield
 
-    # ---------------------------------------------------------------- checkpoints
-
-    def save_ckpt(
-        self,
-        model: nn.Module,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        max_num: int = 3,
-        max_mem: float = 1000,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        optimizer: Optimizer | None = None,
-        scheduler: Any = None,
-    ) -> str:
-        """Write a checkpoint: complete, or not there at all.
-
-        Args:
-            model: the model.
-            save_dir: folder of checkpoints.
-            tag: name of this one; default ``step_<optimizer steps made>``.
-            max_num: afterwards the oldest checkpoints of this package are removed until so many remain.
-            max_mem: and until the folder is under so many GB. The new one is never removed, nor is any file or
-                folder that this package did not write.
-            client_state: the caller's own state: plain containers, numbers, strings and tensors.
-            save_latest: let ``latest`` name this checkpoint.
-            optimizer: default: the one known from `create_optimizer` or `prepare`.
-            scheduler: likewise.
-
-        Returns:
-            The checkpoint's path.
-        """
-        known = self._models.get(model, _Trained())
-        optimizer = optimizer or known.optimizer
-        if optimizer is not None and self._pending.get(getattr(optimizer, "optimizer", optimizer), 0):
-            log.warning("checkpoint in the middle of an accumulation: the pending gradients are not part of it")
-        state = checkpoint.TrainingState(
-            model=model,
-            optimizer=optimizer,
-            scheduler=scheduler or known.scheduler,
-            client_state=dict(client_state or {}),
-            step=self.optimizer_steps,
-        )
-        path = checkpoint.save(
-            state,
-            Path(save_dir),
-            tag or f"step_{self.optimizer_steps}",
-            strategy=self.strategy_name,
-            world_size=self.world_size,
-            save_latest=save_latest,
-        )
-        checkpoint.rotate(Path(save_dir), keep=path, max_num=max_num, max_bytes=max_mem * 1e9)
-        return str(path)
-
-    def load_ckpt(
-        self,
-        model: nn.Module,
-        load_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        optimizer: Optimizer | None = None,
-        scheduler: Any = None,
-    ) -> tuple[str, dict[str, Any]]:
-        """Read a checkpoint in place.
-
-        Args:
-            model: the model to load into.
-            load_dir: folder of checkpoints.
-            tag: which one; default: what ``latest`` names.
-            load_module_strict: every tensor of the model must be there and no other.
-            load_optimizer_states: restore the optimizer.
-            load_lr_scheduler_states: restore the scheduler.
-            load_module_only: the weights and nothing else: no optimizer, scheduler, step count or random state.
-            optimizer: default: the one known from `create_optimizer` or `prepare`.
-            scheduler: likewise.
-
-        Returns:
-            The checkpoint's path and the `client_state` that was saved.
-
-        Raises:
-            FileNotFoundError: no such checkpoint; the message lists those there are.
-            CheckpointError: it is incomplete, damaged or of another model; nothing was changed.
-        """
-        known = self._models.get(model, _Trained())
-        state = checkpoint.TrainingState(
-            model=model,
-            optimizer=(optimizer or known.optimizer) if load_optimizer_states and not load_module_only else None,
-            scheduler=(scheduler or known.scheduler) if load_lr_scheduler_states and not load_module_only else None,
-        )
-        path = checkpoint.find(Path(load_dir), tag)
-        checkpoint.load(state, path, strict=load_module_strict, restore_rng=not load_module_only)
-        if not load_module_only:
-            self.optimizer_steps = state.step
-        return str(path), state.client_state
+    # ---------------------------------------------------------------- export
 
     def save_model(
         self, model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike[str], merge_lora: bool = True
@@ -557,18 +462,6 @@ class StrategyBase(InferenceEngines, Strategy):
             merge_lora: fold LoRA adapters into the weights; False saves the adapter alone.
         """
         save_pretrained(model, tokenizer, Path(output_dir), merge_lora=merge_lora)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with checkpoint.readable(checkpoint_path):
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-
-    @override
-    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
-        module = self.lightning_module
-        assert module is not None
-        checkpoint.check_same_model(module.state_dict(), checkpoint_["state_dict"], "the checkpoint", strict)
-        super().load_model_state_dict(checkpoint_, strict=strict)
 
     # ---------------------------------------------------------------- data, logs, collectives
 

@@ -1,467 +1,462 @@
-"""Checkpoints on disk: torch DCP for tensors, a manifest that tells what they are, complete or not there at all.
+"""The part of the strategy interface that saves and resumes, in a loop of one's own and under Lightning's `Trainer`.
 
-Layout of one checkpoint::
-
-    <tag>/manifest.json     format, versions, strategy, world size, step, size and CRC-32 of every other file
-    <tag>/extra.pt          scheduler, optimizer hyper-parameters, random state, the caller's own state
-    <tag>/.metadata, *.distcp   model and optimizer tensors (torch.distributed.checkpoint)
-    latest                  the newest complete tag
-
-Optimizer state is stored under parameter names, not positions, so that it does not depend on the back end.
+Both write the same kind of folder (see `folder`), in which tensors have names that do not depend on the back end:
+``model.<name>`` and ``optimizer.<parameter name>.<key>``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import json
+import dataclasses
+import logging
 import os
-import pickle
-import random
-import shutil
-import time
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.optim import Optimizer
 
-MANIFEST = "manifest.json"
-FORMAT = "lightrft_lightning/1"
-_TEMPORARY = ".lightrft-tmp"
-_ASIDE = ".lightrft-old"
+from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.strategies import folder, state, store, trainer_state
+from lightrft_lightning.strategies.background import Background
+from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
+from lightrft_lightning.strategies.folder import CheckpointError, Place
+from lightrft_lightning.strategies.state import rng_state, set_rng_state
+from lightrft_lightning.strategies.store import Content, Ranks, Stored, StoredState
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.fabric.plugins import CheckpointIO
+
+__all__ = ["CheckpointError", "Checkpoints", "FlatTensor", "TensorInfo", "rng_state", "set_rng_state"]
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is incomplete, damaged or of another model, or that could not be written."""
+class Checkpoints:
+    """Save and resume; a base class of `StrategyBase`.
 
-
-@dataclass
-class TrainingState:
-    """What goes into a checkpoint; `load` fills the last two fields."""
-
-    model: nn.Module
-    optimizer: Optimizer | None = None
-    scheduler: Any = None
-    client_state: dict[str, Any] = field(default_factory=dict)
-    step: int = 0
-
-
-# -------------------------------------------------------------------- writing
-
-
-def save(
-    state: TrainingState, save_dir: Path, tag: str, *, strategy: str, world_size: int, save_latest: bool = True
-) -> Path:
-    """Write `state` as ``save_dir/tag`` and return that path.
-
-    Everything goes into a temporary folder, is flushed to the disk and renamed, so a reader never sees half of it.
-
-    Raises:
-        ValueError: a tag that is no file name, or a client state that could not be read back.
-        CheckpointError: it could not be written; what was there before is untouched.
+    A back end whose tensors are neither plain nor DTensors overrides the methods that begin with an underscore.
     """
-    if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag.startswith(".") or tag == "latest":
-        raise ValueError(f"tag={tag!r}: must be a plain folder name")
-    tensors, extra = _split(state)
-    payload = _serialise(extra)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    temporary, final = save_dir / f".{tag}{_TEMPORARY}", save_dir / tag
-    _put_back(save_dir)
-    if final.exists() and not is_checkpoint(final):
-        raise ValueError(f"{final} exists and is not a checkpoint of this package: choose another tag or folder")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=True)
-        (temporary / "extra.pt").write_bytes(payload)
-        _write_manifest(temporary, strategy=strategy, world_size=world_size, step=state.step, model=state.model)
-        _flush(temporary)
-    except (OSError, dcp.CheckpointException) as err:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written: {_reason(err)}") from err
-    _replace(temporary, final)
-    if save_latest:
-        pointer = save_dir / f".latest{_TEMPORARY}"
-        pointer.write_text(tag)
-        _flush_file(pointer)
-        pointer.replace(save_dir / "latest")
-    _flush_file(save_dir)
-    return final
 
+    config: StrategyConfig
+    world_size: int
+    global_rank: int
+    optimizer_steps: int
+    strategy_name: str
+    checkpoint_io: CheckpointIO
+    lightning_module: pl.LightningModule | None
+    optimizers: list[Optimizer]
+    _models: WeakKeyDictionary[nn.Module, Any]
+    _pending: WeakKeyDictionary[Optimizer, int]
+    _timeout: timedelta | None
 
-def _split(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as a flat dict of tensors, and all the rest."""
-    weights = state.model.state_dict()
-    tensors = {f"model.{name}": value for name, value in weights.items() if isinstance(value, Tensor)}
-    extra: dict[str, Any] = {"client_state": state.client_state, "rng": rng_state(), "step": state.step}
-    extra["model"] = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
-    if state.scheduler is not None:
-        extra["scheduler"] = state.scheduler.state_dict()
-    if state.optimizer is not None:
-        names = _parameter_names(state.model, state.optimizer)
-        scalars: dict[str, Any] = {}
-        for parameter, values in state.optimizer.state.items():
-            for key, value in values.items():
-                target = tensors if isinstance(value, Tensor) else scalars
-                target[f"optimizer.{names[parameter]}.{key}"] = value
-        extra["optimizer"] = {"scalars": scalars, "groups": _group_settings(state.optimizer, names)}
-    return tensors, extra
+    _joined: tuple[Any, Ranks] | None = None
+    _background: Background | None = None
 
+    # ---------------------------------------------------------------- a loop of one's own
 
-def _parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter not in names:
-                raise ValueError(
-                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in "
-                    f"{type(model).__name__}: pass the model that it was created for"
+    def save_ckpt(
+        self,
+        model: nn.Module,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        max_num: int = 3,
+        max_mem: float = 1000,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+        wait: bool = True,
+    ) -> str:
+        """Write a checkpoint: complete, or not there at all. All ranks call this together.
+
+        Args:
+            model: the model.
+            save_dir: folder of checkpoints, on a file system that all ranks share.
+            tag: name of this one; default ``step_<optimizer steps made>``.
+            max_num: afterwards the oldest checkpoints of this package are removed until so many remain.
+            max_mem: and until the folder is under so many GB. The new one is never removed, nor is any file or
+                folder that this package did not write.
+            client_state: the caller's own state: plain containers, numbers, strings and tensors. That of rank 0 is
+                saved.
+            save_latest: let ``latest`` name this checkpoint.
+            optimizer: default: the one known from `create_optimizer` or `prepare`.
+            scheduler: likewise.
+            wait: False copies the state to CPU memory and returns; a thread writes it. An error is raised by the next
+                save, load or `finish_checkpoints`.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            ValueError: a tag that is no file name, or a client state that could not be read back.
+            CheckpointError: it could not be written, on whichever rank; what was there before is untouched.
+        """
+        place = Place(Path(save_dir), tag or f"step_{self.optimizer_steps}", save_latest, max_num, max_mem * 1e9)
+        optimizer, scheduler = self._known(model, optimizer, scheduler)
+        self._warn_of_pending(optimizer)
+        self.finish_checkpoints()
+        client = dict(client_state or {})
+        content = self._join_ranks().together(lambda: self._loop_content(model, optimizer, scheduler, client))
+        self._write(content, place, wait)
+        return str(place.path)
+
+    def load_ckpt(
+        self,
+        model: nn.Module,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> tuple[str, dict[str, Any]]:
+        """Read a checkpoint in place, whatever strategy wrote it at whatever world size. All ranks call this together.
+
+        The random state is restored rank by rank; at another world size, rank r takes that of rank r modulo the saved
+        number.
+
+        Args:
+            model: the model to load into.
+            load_dir: folder of checkpoints.
+            tag: which one; default: what ``latest`` names.
+            load_module_strict: every tensor of the model must be there and no other.
+            load_optimizer_states: restore the optimizer.
+            load_lr_scheduler_states: restore the scheduler.
+            load_module_only: the weights and nothing else: no optimizer, scheduler, step count or random state.
+            optimizer: default: the one known from `create_optimizer` or `prepare`.
+            scheduler: likewise.
+
+        Returns:
+            The checkpoint's path and the `client_state` that was saved.
+
+        Raises:
+            FileNotFoundError: no such checkpoint; the message lists those there are.
+            CheckpointError: it is incomplete, damaged or of another model; nothing was changed, on any rank.
+        """
+        self.finish_checkpoints()
+        ranks = self._join_ranks()
+        path = ranks.together(lambda: folder.find(Path(load_dir), tag))
+        stored = store.open_checkpoint(path, ranks)
+        shared = ranks.together(lambda: store.readable(path, stored.shared))
+        own = ranks.together(lambda: store.readable(path, lambda: stored.own(self.global_rank)))
+        optimizer, scheduler = self._known(model, optimizer, scheduler)
+        optimizer = optimizer if load_optimizer_states and not load_module_only else None
+        scheduler = scheduler if load_lr_scheduler_states and not load_module_only else None
+        weights, moments = _loop_states(stored, shared)
+
+        def check() -> dict[str, str]:
+            if "trainer" in shared and not load_module_only:
+                raise CheckpointError(f"{path} was written by a Trainer: resume it with fit(ckpt_path=...)")
+            sources = self._match(model, weights, path, load_module_strict)
+            if optimizer is not None:
+                self._check_optimizer(model, optimizer, shared, path)
+            if scheduler is not None and "scheduler" not in shared:
+                raise CheckpointError(f"{path} holds no scheduler: pass load_lr_scheduler_states=False")
+            return sources
+
+        def restore() -> None:
+            self._load_model(model, weights, sources)
+            if optimizer is not None:
+                self._load_optimizer(model, optimizer, moments, shared["optimizer"]["groups"])
+            if scheduler is not None:
+                scheduler.load_state_dict(shared["scheduler"])
+            if not load_module_only:
+                self._set_scaler_state(model, shared["scaler"])
+                self.optimizer_steps = shared["step"]
+                set_rng_state(own["rng"])
+
+        sources = ranks.together(check)
+        ranks.together(lambda: store.readable(path, restore))
+        return str(path), shared.get("client_state", {})
+
+    def finish_checkpoints(self) -> None:
+        """Wait for the checkpoints that are written in the background.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        if self._background is not None:
+            self._background.finish()
+
+    def _known(self, model: nn.Module, optimizer: Any, scheduler: Any) -> tuple[Optimizer | None, Any]:
+        known = self._models.get(model)
+        if known is not None:
+            optimizer, scheduler = optimizer or known.optimizer, scheduler or known.scheduler
+        return getattr(optimizer, "optimizer", optimizer), scheduler  # Lightning wraps optimizers
+
+    def _warn_of_pending(self, optimizer: Optimizer | None) -> None:
+        if optimizer is not None and self._pending.get(optimizer, 0):
+            log.warning("checkpoint in the middle of an accumulation: the pending gradients are not part of it")
+
+    def _loop_content(self, model: nn.Module, optimizer: Optimizer | None, scheduler: Any, client: Any) -> Content:
+        other = state.other_state(model)
+        tensors = {name: FlatTensor.of(value) for name, value in other.items() if isinstance(value, torch.Tensor)}
+        tensors = {f"model.{name}": value for name, value in (self._model_tensors(model) | tensors).items()}
+        shared: dict[str, Any] = {
+            "client_state": client,
+            "step": self.optimizer_steps,
+            "scaler": self._scaler_state(model),
+            "model": {name: value for name, value in other.items() if not isinstance(value, torch.Tensor)},
+        }
+        if scheduler is not None:
+            shared["scheduler"] = scheduler.state_dict()
+        if optimizer is not None:
+            moments = self._optimizer_tensors(model, optimizer)
+            tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+            scalars = state.optimizer_scalars(model, optimizer)
+            shared["optimizer"] = {"scalars": scalars, "groups": self._optimizer_settings(model, optimizer)}
+        return Content(tensors, shared, {"rng": rng_state()}, self._header(model, self.optimizer_steps))
+
+    # ---------------------------------------------------------------- Lightning's form
+
+    restore_checkpoint_after_setup = True
+    """Weights are read into the sharded model."""
+    lightning_restore_optimizer = True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What goes into ``checkpoint["state_dict"]``: tensors, or `FlatTensor` where no rank has them whole."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What goes into ``checkpoint["optimizer_states"]``: by the names of parameters, not by their positions."""
+        module = self.lightning_module
+        assert module is not None
+        raw = getattr(optimizer, "optimizer", optimizer)
+        return {
+            "state": {**self._optimizer_tensors(module, raw), **state.optimizer_scalars(module, raw)},
+            "param_groups": self._optimizer_settings(module, raw),
+        }
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write what a Trainer saves as a folder called `filepath`; every tensor in it is stored once, sharded."""
+        if storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r}: {self.strategy_name} writes to a local folder")
+        if type(self.checkpoint_io) is not TorchCheckpointIO:
+            raise TypeError(
+                f"plugin {type(self.checkpoint_io).__name__}: {self.strategy_name} writes checkpoints itself, in the "
+                "background with async_checkpoints=True; leave the plugin out"
+            )
+        module = self.lightning_module
+        assert module is not None
+        self.finish_checkpoints()
+        ranks = self._join_ranks()
+        training = {"optimizer_steps": self.optimizer_steps, "scaler": self._scaler_state(module)}
+        with_ours = {**checkpoint, "lightrft_strategy": training}
+
+        def content() -> Content:
+            tied = state.aliases(module)
+            rest, tensors = trainer_state.take_apart(with_ours, tied)
+            header = {**self._header(module, checkpoint.get("global_step", 0)), "tied": tied}
+            return Content(tensors, {"trainer": rest}, {"rng": rng_state()}, header, safe_only=False)
+
+        path = _local(filepath)
+        self._write(ranks.together(content), Place(path.parent, path.name), wait=not self.config.async_checkpoints)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what `save_checkpoint` or Lightning's own strategies for one device wrote.
+
+        ``checkpoint["state_dict"]`` and other large parts are `StoredState`: read when somebody looks at them.
+
+        Args:
+            checkpoint_path: the folder, or one of Lightning's files.
+            weights_only: False runs whatever code the file asks for: only for files that you trust. None: what was
+                given to `Trainer.fit`.
+
+        Raises:
+            CheckpointError: it is incomplete, damaged, or not what is needed.
+        """
+        self.finish_checkpoints()
+        if weights_only is None:
+            weights_only = trainer_state.asked_weights_only()
+        ranks = self._join_ranks()
+        torch.cuda.empty_cache()
+        checkpoint = trainer_state.read(_local(checkpoint_path), ranks, weights_only, self.checkpoint_io)
+        module = self.lightning_module
+        fitting = module is not None and module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                f"{checkpoint_path} holds weights only (save_weights_only=True): training cannot go on from it. Start "
+                "a new run with these weights by load_from_checkpoint"
+            )
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Read the weights in place, each rank its part."""
+        module = self.lightning_module
+        assert module is not None
+        weights = trainer_state.as_stored(checkpoint["state_dict"])
+        ranks = self._join_ranks()
+        sources = ranks.together(lambda: self._match(module, weights, "the checkpoint", strict))
+        ranks.together(lambda: store.readable("the checkpoint", lambda: self._load_model(module, weights, sources)))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Read the state of all optimizers in place, each rank its part."""
+        module = self.lightning_module
+        assert module is not None
+        saved = checkpoint["optimizer_states"]
+        ranks = self._join_ranks()
+
+        def check() -> list[dict[str, Any]]:
+            if len(saved) != len(self.optimizers):
+                raise CheckpointError(
+                    f"the checkpoint holds {len(saved)} optimizers, configure_optimizers made {len(self.optimizers)}"
                 )
-    return names
-
-
-def _group_settings(optimizer: Optimizer, names: Mapping[Tensor, str]) -> list[dict[str, Any]]:
-    return [
-        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-
-
-def _serialise(extra: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        torch.save(extra, buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as err:  # what pickle raises depends on the object
-        raise ValueError(
-            "client_state (or the scheduler's state) holds an object that cannot be read back safely; "
-            f"use plain containers, numbers, strings and tensors. {str(err).splitlines()[0]}"
-        ) from err
-    return buffer.getvalue()
-
-
-def _write_manifest(folder: Path, *, strategy: str, world_size: int, step: int, model: nn.Module) -> None:
-    from lightrft_lightning import __version__
-
-    files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir())}
-    manifest = {
-        "format": FORMAT,
-        "versions": {"lightrft_lightning": __version__, "torch": torch.__version__},
-        "strategy": strategy,
-        "world_size": world_size,
-        "step": step,
-        "model": type(model).__name__,
-        "saved_at": time.time_ns(),
-        "files": files,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        _flush_file(path)
-    _flush_file(folder)
-
-
-def _flush_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(temporary: Path, final: Path) -> None:
-    """Rename; an older checkpoint of the same tag is moved aside first and removed last."""
-    if not final.exists():
-        temporary.rename(final)
-        return
-    old = _aside(final)
-    shutil.rmtree(old, ignore_errors=True)
-    final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old)
-
-
-def _aside(final: Path) -> Path:
-    """Where `_replace` keeps the older checkpoint until the new one is in place."""
-    return final.with_name(f".{final.name}{_ASIDE}")
-
-
-def _put_back(save_dir: Path) -> None:
-    """Undo the first half of `_replace` where a process was killed in the middle."""
-    for old in save_dir.glob(f".*{_ASIDE}"):
-        final = save_dir / old.name[1 : -len(_ASIDE)]
-        if not final.exists():
-            old.rename(final)
-
-
-def rotate(save_dir: Path, *, keep: Path, max_num: int, max_bytes: float) -> None:
-    """Remove this package's oldest checkpoints in `save_dir` until both limits hold; `keep` always stays."""
-    for leftover in [*save_dir.glob(f".*{_TEMPORARY}"), *save_dir.glob(f".*{_ASIDE}")]:
-        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-    # A link to a checkpoint (say, "best") is the user's.
-    ours = [p for p in save_dir.iterdir() if is_checkpoint(p) and not p.is_symlink()]
-    removable = sorted((p for p in ours if p != keep), key=lambda p: _manifest(p).get("saved_at", 0))
-    while removable and (len(removable) + 1 > max_num or _folder_bytes(save_dir) > max_bytes):
-        victim = removable.pop(0)
-        hidden = victim.with_name(f".{victim.name}{_TEMPORARY}")
-        victim.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder that this package wrote."""
-    return (path / MANIFEST).is_file() and str(_manifest(path).get("format", "")).startswith("lightrft_lightning/")
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
-# -------------------------------------------------------------------- reading
-
-
-def find(load_dir: Path, tag: str | None) -> Path:
-    """The checkpoint called `tag`, by default the one that ``latest`` names.
-
-    Raises:
-        FileNotFoundError: there is none; the message lists those there are.
-        CheckpointError: there is one whose manifest is missing or damaged.
-    """
-    if tag is None and is_checkpoint(load_dir):
-        return load_dir
-    latest = load_dir / "latest"
-    name = tag or (latest.read_text().strip() if latest.is_file() else None)
-    path = load_dir / (name or "")
-    for candidate in (path, _aside(path)) if name else ():
-        if is_checkpoint(candidate):
-            return candidate
-    if (path / "extra.pt").is_file() or (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path} is incomplete or damaged: no readable {MANIFEST} of this package")
-    there = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p)) if load_dir.is_dir() else []
-    wanted = f"checkpoint {name!r}" if name else "file 'latest'"
-    raise FileNotFoundError(f"no {wanted} in {load_dir}; checkpoints there: {', '.join(there) or '(none)'}")
-
-
-def load(state: TrainingState, path: Path, *, strict: bool = True, restore_rng: bool = True) -> None:
-    """Read the checkpoint at `path` into `state`'s model, optimizer and scheduler, where these are given.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is of another model. Nothing is changed then.
-    """
-    _verify_files(path)
-    with readable(path):
-        extra = torch.load(path / "extra.pt", map_location="cpu", weights_only=True)
-        saved = _load_tensors(path)
-    weights = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")} | extra["model"]
-    check_same_model(state.model.state_dict(), weights, path, strict)
-    optimizer_state = None
-    if state.optimizer is not None:
-        optimizer_state = _optimizer_state(state.model, state.optimizer, saved, extra, path)
-    if state.scheduler is not None and "scheduler" not in extra:
-        raise CheckpointError(f"{path} holds no scheduler: pass load_lr_scheduler_states=False")
-    state.model.load_state_dict(weights, strict=strict)
-    if state.optimizer is not None and optimizer_state is not None:
-        state.optimizer.load_state_dict(optimizer_state)
-    if state.scheduler is not None:
-        state.scheduler.load_state_dict(extra["scheduler"])
-    if restore_rng:
-        set_rng_state(extra["rng"])
-    state.client_state, state.step = extra["client_state"], extra["step"]
-
-
-def _verify_files(path: Path) -> None:
-    files = _manifest(path).get("files")
-    if not isinstance(files, dict) or not all({"bytes", "crc32"} <= set(entry) for entry in files.values()):
-        raise CheckpointError(f"{path} is damaged: {MANIFEST} does not list its files")
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path} is incomplete: {name} is missing")
-        if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
-            raise CheckpointError(f"{path} is damaged: {name} is not the file that was written")
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    with (path / ".metadata").open("rb") as file:
-        _MetadataUnpickler(file).load()
-    reader = dcp.FileSystemReader(path)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(m.size, dtype=m.properties.dtype)
-        for name, m in metadata.items()
-        if isinstance(m, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Accepts what DCP's metadata file consists of and nothing else: DCP itself would run any code in it."""
-
-    _ALLOWED = {
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath", "WindowsPath"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if not plain and name not in self._ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint of tensors does")
-        return super().find_class(module, name)
-
-
-def _optimizer_state(
-    model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Tensor], extra: Mapping[str, Any], path: Path
-) -> dict[str, Any]:
-    """The optimizer's `state_dict`, its parameters found by name."""
-    if "optimizer" not in extra:
-        raise CheckpointError(f"{path} holds no optimizer: pass load_optimizer_states=False")
-    names = _parameter_names(model, optimizer)
-    settings = {n: {**g, "params": None} for g in extra["optimizer"]["groups"] for n in g["params"]}
-    values: dict[str, dict[str, Any]] = {}
-    for key, value in [*saved.items(), *extra["optimizer"]["scalars"].items()]:
-        if key.startswith("optimizer."):
-            name, _, field_name = key.removeprefix("optimizer.").rpartition(".")
-            values.setdefault(name, {})[field_name] = value
-    groups, state, position = [], {}, 0
-    for group in optimizer.param_groups:
-        members = [names[p] for p in group["params"]]
-        if missing := [n for n in members if n not in settings]:
-            raise CheckpointError(
-                f"{path}: its optimizer does not hold the parameter {missing[0]!r}: pass load_optimizer_states=False"
-            )
-        _check_same_kind(group, settings[members[0]], path)
-        indices = range(position, position + len(members))
-        groups.append({**settings[members[0]], "params": list(indices)})
-        state.update({i: values[n] for i, n in zip(indices, members, strict=True) if n in values})
-        position += len(members)
-    return {"state": state, "param_groups": groups}
-
-
-def _check_same_kind(group: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
-    """Refuse another kind of optimizer: each has settings that the other lacks (a newer torch only adds some)."""
-    ignored = {"params", "initial_lr"}  # the second one comes from a scheduler
-    here, there = set(group) - set(saved) - ignored, set(saved) - set(group) - ignored
-    if here and there:
-        raise CheckpointError(
-            f"{path} is of another kind of optimizer: with {min(there)!r}, without {min(here)!r}. "
-            "Pass load_optimizer_states=False"
-        )
-
-
-def check_same_model(current: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: Any, strict: bool) -> None:
-    """Raise `CheckpointError` with the first difference if `saved` is not of the model that `current` is of."""
-    for name, value in saved.items():
-        here = current.get(name)
-        if isinstance(here, Tensor) and isinstance(value, Tensor) and here.shape != value.shape:
-            raise CheckpointError(
-                f"{where} is of another model: {name} has shape {tuple(value.shape)} there and {tuple(here.shape)} here"
-            )
-    if not strict:
-        return
-    for name in current:
-        if name not in saved:
-            raise CheckpointError(f"{where} is of another model: it has no {name}")
-    for name in saved:
-        if name not in current:
-            raise CheckpointError(f"{where} is of another model: {name} does not exist here")
-
-
-@contextlib.contextmanager
-def readable(path: Any) -> Iterator[None]:
-    """Turn what torch raises on a damaged file, which may be anything, into a `CheckpointError` that names it."""
-    try:
-        yield
-    except (CheckpointError, FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except (Exception, dcp.CheckpointException) as err:
-        raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {_reason(err)}") from err
-
-
-def _reason(err: BaseException) -> str:
-    """One line; DCP wraps what went wrong in an exception that is no `Exception` and says little."""
-    if isinstance(err, dcp.CheckpointException) and err.failures:
-        err = next(iter(err.failures.values()))[0]
-    return " ".join([type(err).__name__, *str(err).splitlines()[:1]])
-
-
-# -------------------------------------------------------------------- random state, export
-
-
-def rng_state() -> dict[str, Any]:
-    """State of every random generator, as plain values that `torch.load(weights_only=True)` reads."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    import numpy
-
-    kind, keys, *rest = numpy.random.get_state()
-    state["numpy"] = (str(kind), [int(k) for k in keys], *rest)  # type: ignore[union-attr]
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Undo `rng_state`. CUDA states are left out where the number of devices is another one."""
-    import numpy
-
-    random.setstate(_tuples(state["python"]))
-    torch.set_rng_state(state["torch"])
-    numpy.random.set_state(state["numpy"])
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def save_pretrained(model: nn.Module, tokenizer: Any, output_dir: Path, *, merge_lora: bool = True) -> None:
-    """Write the Hugging Face model inside `model` (itself, or its attribute ``model``) and the tokenizer."""
-    inner: Any = model if hasattr(model, "save_pretrained") else getattr(model, "model", None)
-    if not hasattr(inner, "save_pretrained"):
-        raise TypeError(
-            f"save_model() writes Hugging Face models, {type(model).__name__} is none and holds none as `.model`. "
-            "Use save_ckpt() for other modules"
-        )
-    if merge_lora and hasattr(inner, "merge_and_unload"):
-        inner = copy.deepcopy(inner).merge_and_unload()  # a copy: training goes on with the adapters
-    inner.save_pretrained(output_dir, safe_serialization=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(output_dir)
+            pairs = zip(self.optimizers, saved, strict=True)
+            by_name = [trainer_state.by_name(one, self._optimizer_settings(module, o)) for o, one in pairs]
+            for optimizer, one in zip(self.optimizers, by_name, strict=True):
+                settings = self._optimizer_settings(module, optimizer)
+                state.check_same_optimizer(settings, one["param_groups"], "the checkpoint")
+            return by_name
+
+        def restore() -> None:
+            for optimizer, one in zip(self.optimizers, by_name, strict=True):
+                self._load_optimizer(module, optimizer, one["state"], one["param_groups"])
+
+        by_name = ranks.together(check)
+        ranks.together(lambda: store.readable("the checkpoint", restore))
+        training = checkpoint.get("lightrft_strategy")
+        if training is not None:
+            self.optimizer_steps = training["optimizer_steps"]
+            self._set_scaler_state(module, training["scaler"])
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, once the one that is being written is complete."""
+        if self.global_rank != 0:
+            return
+        path = _local(filepath)
+        if self._background is not None and self._background.busy:
+            self._background.submit(lambda: folder.remove_checkpoint(path))
+        else:
+            folder.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Lightning's hook at the end of a run."""
+        try:
+            self.finish_checkpoints()
+        finally:
+            super().teardown()  # type: ignore[misc]
+
+    # ---------------------------------------------------------------- both forms
+
+    def _join_ranks(self) -> Ranks:
+        if self.world_size == 1:
+            return Ranks()
+        if self._joined is None or self._joined[0] is not dist.group.WORLD:
+            timeout = getattr(self, "_timeout", None) or TIMEOUT
+            self._joined = (dist.group.WORLD, store.join(self.global_rank, self.world_size, timeout))
+        return self._joined[1]
+
+    def _write(self, content: Content, place: Place, wait: bool) -> None:
+        ranks = self._join_ranks()
+        if wait:
+            store.prepare(content, place, ranks)(ranks)
+            return
+        copies = {name: tensor.snapshot() for name, tensor in content.tensors.items()}
+        write = store.prepare(dataclasses.replace(content, tensors=copies), place, ranks)
+        self._background = self._background or Background()
+        self._background.submit(lambda: write(ranks))
+
+    def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
+        header = {"strategy": self.strategy_name, "world_size": self.world_size, "step": step}
+        tokenizer = getattr(model, "_tokenizer", None) or getattr(model, "tokenizer", None)
+        if hasattr(tokenizer, "get_vocab"):
+            header["tokenizer"] = state.tokenizer_hash(tokenizer)
+        return {**header, **state.describe_model(model), "tied": state.aliases(model)}
+
+    def _match(self, model: nn.Module, weights: StoredState, where: Any, strict: bool) -> dict[str, str]:
+        """Which key of `weights` each tensor of the model is to be read from."""
+        here = {name: tensor.info for name, tensor in self._model_tensors(model).items()}
+        there = weights.tensors() | {key: None for key in weights.plain()}
+        return state.match(here, state.aliases(model), state.other_state(model), there, where, strict)
+
+    def _load_model(self, model: nn.Module, weights: StoredState, sources: Mapping[str, str]) -> None:
+        targets = self._model_tensors(model)
+        by_source: dict[str, str] = {name: sources[name] for name in targets if name in sources}
+        weights.read_into({source: targets[name] for name, source in by_source.items()})
+        other = {name: weights[name] for name in state.other_state(model) if name in weights}
+        if other:
+            model.load_state_dict(other, strict=False)
+        self._model_loaded(model)
+
+    def _check_optimizer(self, model: nn.Module, optimizer: Optimizer, shared: Mapping[str, Any], path: Path) -> None:
+        if "optimizer" not in shared:
+            raise CheckpointError(f"{path} holds no optimizer: pass load_optimizer_states=False")
+        state.check_same_optimizer(self._optimizer_settings(model, optimizer), shared["optimizer"]["groups"], path)
+
+    def _load_optimizer(
+        self, model: nn.Module, optimizer: Optimizer, moments: StoredState, groups: list[dict[str, Any]]
+    ) -> None:
+        infos = moments.tensors()
+        targets = self._optimizer_tensors(model, optimizer, infos)
+        moments.read_into({name: target for name, target in targets.items() if name in infos})
+        state.set_optimizer_scalars(model, optimizer, moments.plain())
+        self._set_optimizer_settings(model, optimizer, groups)
+        self._optimizer_loaded(model, optimizer)
+
+    # ---------------------------------------------------------------- what a back end overrides
+
+    def _model_tensors(self, model: nn.Module) -> dict[str, FlatTensor]:
+        """The model's tensors as views; loading writes into them. Names of ``model.state_dict()``, tied ones once."""
+        return state.model_tensors(model)
+
+    def _model_loaded(self, model: nn.Module) -> None:
+        """Called after such a load."""
+
+    def _optimizer_tensors(
+        self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
+    ) -> dict[str, FlatTensor]:
+        """The optimizer's state as views, under ``<parameter name>.<key>``; laid out for `saved` first, if given."""
+        return state.optimizer_tensors(model, optimizer, saved)
+
+    def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """Parameter groups without tensors: learning rate, ..., and the names of their parameters."""
+        return state.optimizer_settings(model, optimizer)
+
+    def _set_optimizer_settings(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Undo `_optimizer_settings`."""
+        state.set_optimizer_settings(model, optimizer, groups)
+
+    def _optimizer_loaded(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called after the optimizer's state was read in place."""
+
+    def _scaler_state(self, model: nn.Module) -> dict[str, Any]:
+        """Loss scales of float16 training, by the name of the trained submodule ("" for `model` itself)."""
+        known = {name: self._models.get(module) for name, module in model.named_modules()}
+        return {name: k.scaler.state_dict() for name, k in known.items() if k is not None and k.scaler is not None}
+
+    def _set_scaler_state(self, model: nn.Module, scalers: Mapping[str, Any]) -> None:
+        """Undo `_scaler_state`."""
+        for name, saved in scalers.items():
+            known = self._models.get(model.get_submodule(name))
+            if known is not None:
+                known.scaler = known.scaler or torch.amp.GradScaler(self.root_device.type)  # type: ignore[attr-defined]
+                known.scaler.load_state_dict(saved)
+
+
+def _loop_states(stored: Stored, shared: Mapping[str, Any]) -> tuple[StoredState, StoredState]:
+    """Weights and optimizer state of a checkpoint, under the names that they have in the model."""
+    weights = trainer_state.tensors_under("model.", stored, shared.get("model", {}))
+    return weights, trainer_state.tensors_under("optimizer.", stored, shared.get("optimizer", {}).get("scalars", {}))
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    if "://" in str(path):
+        raise ValueError(f"checkpoint {str(path)!r}: only local folders, on a file system that all ranks share")
+    return Path(path)

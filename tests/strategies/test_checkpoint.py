@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
+from lightrft_lightning.strategies import folder
 
 
 class Run:
@@ -282,6 +283,9 @@ def test_an_optimizer_of_another_model_is_refused_before_anything_is_written(tmp
     assert not (tmp_path / "new").exists()
 
 
+FILES = ("state.pt", "rank_0.pt", ".metadata", "__0_0.distcp")
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -296,7 +300,7 @@ def flip_a_bit(file):
     ("file", "damage"),
     [
         *[("manifest.json", d) for d in (Path.unlink, truncate)],
-        *[(f, d) for f in ("extra.pt", ".metadata", "__0_0.distcp") for d in (Path.unlink, truncate, flip_a_bit)],
+        *[(f, d) for f in FILES for d in (Path.unlink, truncate, flip_a_bit)],
     ],
 )
 def test_damaged_files_are_refused_and_nothing_is_changed(saved, file, damage):
@@ -313,7 +317,7 @@ def test_damaged_files_are_refused_and_nothing_is_changed(saved, file, damage):
 
 
 def test_a_flipped_bit_of_the_manifest_is_refused_or_harmless(saved):
-    """The manifest has no checksum of its own: in the name of the model, say, a wrong letter does nothing."""
+    """Harmless is what leaves its content as it is: the case of a letter in an escape, say."""
     manifest = saved / "b" / "manifest.json"
     content = manifest.read_bytes()
     reference, run = Run(), Run(seed=1)
@@ -335,9 +339,9 @@ def test_nothing_there_lists_what_is(saved, tmp_path_factory):
     (saved / "latest").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file 'latest' in .*; checkpoints there: a, b$"):
         run.strategy.load_ckpt(run.model, saved)
-    for folder in (empty, empty / "absent"):
+    for nothing in (empty, empty / "absent"):
         with pytest.raises(FileNotFoundError, match=r"checkpoints there: \(none\)"):
-            run.strategy.load_ckpt(run.model, folder)
+            run.strategy.load_ckpt(run.model, nothing)
 
 
 @pytest.mark.parametrize("tag", ["../up", "a/b", ".hidden", "..", "latest", " ", "a ", "/tmp/x"])
@@ -358,16 +362,16 @@ class Attack:
         return open, (self.marker, "w")
 
 
-@pytest.mark.parametrize("file", [".metadata", "extra.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
 def test_loading_runs_no_code_from_the_file(saved, tmp_path_factory, file, write):
     """With a manifest that fits, as an attacker would write it."""
     marker, target = tmp_path_factory.mktemp("attack") / "ran", saved / "b" / file
     with target.open("wb") as stream:
         write(Attack(marker), stream)
-    manifest = json.loads((saved / "b" / "manifest.json").read_text())
+    manifest = folder.manifest_of(saved / "b")
     manifest["files"][file] = {"bytes": target.stat().st_size, "crc32": zlib.crc32(target.read_bytes())}
-    (saved / "b" / "manifest.json").write_text(json.dumps(manifest))
+    folder.write_manifest(saved / "b", manifest)
     run = Run(seed=1)
     before = run.state()
     with pytest.raises(CheckpointError):
@@ -436,7 +440,7 @@ def test_rotation_leaves_links_alone(tmp_path):
 
 def test_rotation_removes_what_a_killed_process_left(tmp_path):
     (tmp_path / ".dead.lightrft-tmp").mkdir()
-    (tmp_path / ".dead.lightrft-tmp" / "extra.pt").write_text("half")
+    (tmp_path / ".dead.lightrft-tmp" / "state.pt").write_text("half")
     (tmp_path / ".latest.lightrft-tmp").write_text("dead")
     run = Run()
     run.strategy.save_ckpt(run.model, tmp_path, tag="t", save_latest=False)
@@ -586,26 +590,28 @@ class Module(pl.LightningModule):
         return DataLoader(torch.zeros(4), batch_size=2)
 
 
-def trainer(folder, **kwargs):
-    return pl.Trainer(
-        strategy="lightrft_fake", accelerator="cpu", default_root_dir=folder, logger=False, max_epochs=1,
-        enable_progress_bar=False, enable_model_summary=False, **kwargs,
-    )  # fmt: skip
+def trainer(root, **kwargs):
+    settings = {"strategy": "lightrft_fake", "logger": False, "max_epochs": 1, **kwargs}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", devices=1, default_root_dir=root, **quiet, **settings)
 
 
-@pytest.fixture(scope="module")
-def lightning_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lightning")
-    callback = ModelCheckpoint(dirpath=folder, filename="c")
-    trainer(folder, callbacks=[callback]).fit(Module())
-    return folder / "c.ckpt"
+@pytest.fixture(scope="module", params=["lightrft_fake", "auto"])
+def lightning_checkpoint(request, tmp_path_factory):
+    """A folder of ours, and a file of Lightning's."""
+    root = tmp_path_factory.mktemp("lightning")
+    callback = ModelCheckpoint(dirpath=root, filename="c")
+    trainer(root, strategy=request.param, callbacks=[callback]).fit(Module())
+    return root / "c.ckpt"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_trainer_refuses_a_truncated_file(lightning_checkpoint, tmp_path, share):
-    content, file = lightning_checkpoint.read_bytes(), tmp_path / "cut.ckpt"
-    file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=r"cut\.ckpt is incomplete, damaged or not safe to read"):
+    file = tmp_path / "cut.ckpt"
+    (shutil.copytree if lightning_checkpoint.is_dir() else shutil.copy)(lightning_checkpoint, file)
+    part = next(file.glob("*.distcp")) if file.is_dir() else file
+    part.write_bytes(part.read_bytes()[: int(share * part.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt is (incomplete, )?damaged"):
         trainer(tmp_path, enable_checkpointing=False).fit(Module(), ckpt_path=file)
 
 

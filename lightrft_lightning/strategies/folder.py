@@ -1,0 +1,250 @@
+"""A folder of checkpoints on disk: names, the manifest, `latest`, rotation. No process but this one is involved.
+
+Layout of one checkpoint::
+
+    <tag>/manifest.json         versions, strategy, world size, step, shapes, size and CRC-32 of every other file
+    <tag>/state.pt              what is not a tensor: schedulers, hyperparameters, the caller's own state
+    <tag>/rank_<n>.pt           what each rank has of its own: its random state
+    <tag>/.metadata, *.distcp   model and optimizer tensors (torch.distributed.checkpoint)
+    latest                      the newest complete tag
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = "lightrft_lightning/2"
+TEMPORARY = ".lightrft-tmp"
+_ASIDE = ".lightrft-old"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is incomplete, damaged or of another model, or that could not be written."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint goes, and what happens to its neighbours.
+
+    Args:
+        folder: of the checkpoints.
+        tag: name of this one.
+        latest: let the file ``latest`` name it.
+        max_num: keep at most so many checkpoints of this package in `folder`; None: do not remove any.
+        max_bytes: and let the folder be at most so large.
+    """
+
+    folder: Path
+    tag: str
+    latest: bool = False
+    max_num: int | None = None
+    max_bytes: float = float("inf")
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint itself."""
+        return self.folder / self.tag
+
+    def temporary(self, token: str) -> Path:
+        """Where it is written before it is complete."""
+        return self.folder / f".{self.tag}.{token}{TEMPORARY}"
+
+    def check(self) -> None:
+        """Refuse a tag that is no plain name, and to replace what this package did not write.
+
+        Raises:
+            ValueError: one of these.
+        """
+        tag = self.tag
+        if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag.startswith(".") or tag == "latest":
+            raise ValueError(f"tag={tag!r}: must be a plain folder name")
+        put_back(self.folder)
+        # A file called .ckpt is what Lightning's own strategies write in this place.
+        path = self.path
+        if path.exists() and not is_checkpoint(path) and not (path.is_file() and path.suffix == ".ckpt"):
+            raise ValueError(f"{path} exists and is not a checkpoint of this package: choose another tag or folder")
+
+    def complete(self, temporary: Path) -> None:
+        """Give the flushed folder `temporary` its name; then the oldest checkpoints may go."""
+        _replace(temporary, self.path)
+        if self.latest:
+            pointer = self.folder / f".latest{TEMPORARY}"
+            pointer.write_text(self.tag)
+            flush(pointer)
+            pointer.replace(self.folder / "latest")
+        flush(self.folder)
+        _remove_leftovers(self.folder)
+        if self.max_num is not None:
+            _rotate(self.folder, keep=self.path, max_num=self.max_num, max_bytes=self.max_bytes)
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def crc32(path: Path) -> int:
+    """Checksum of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def describe(paths: list[Path]) -> dict[str, dict[str, int]]:
+    """Size and checksum of files, for the manifest."""
+    return {path.name: {"bytes": path.stat().st_size, "crc32": crc32(path)} for path in paths}
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Rename; an older checkpoint of the same name is moved aside first and removed last."""
+    if not final.exists():
+        temporary.rename(final)
+        return
+    old = _aside(final)
+    remove(old)
+    final.rename(old)
+    temporary.rename(final)
+    remove(old)
+
+
+def _aside(final: Path) -> Path:
+    """Where `_replace` keeps the older checkpoint until the new one is in place."""
+    return final.with_name(f".{final.name}{_ASIDE}")
+
+
+def put_back(folder: Path) -> None:
+    """Undo the first half of `_replace` where a process was killed in the middle."""
+    for old in folder.glob(f".*{_ASIDE}"):
+        final = folder / old.name[1 : -len(_ASIDE)]
+        if not final.exists():
+            old.rename(final)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that at no moment half of it is there under its name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.with_name(f".{path.name}{TEMPORARY}")
+        remove(hidden)
+        path = path.rename(hidden)
+    remove(path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left."""
+    for leftover in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f".*{_ASIDE}")]:
+        remove(leftover)
+
+
+def _rotate(folder: Path, *, keep: Path, max_num: int, max_bytes: float) -> None:
+    """Remove this package's oldest checkpoints in `folder` until both limits hold; `keep` always stays."""
+    # A link to a checkpoint (say, "best") is the user's.
+    ours = [p for p in folder.iterdir() if is_checkpoint(p) and not p.is_symlink()]
+    removable = sorted((p for p in ours if p != keep), key=lambda p: _read_manifest(p).get("saved_at", 0))
+    while removable and (len(removable) + 1 > max_num or _bytes(folder) > max_bytes):
+        remove_checkpoint(removable.pop(0))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+# -------------------------------------------------------------------- manifest
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest with a checksum of its own."""
+    (folder / MANIFEST).write_text(json.dumps({**content, "crc32": _own_crc32(content)}, indent=1))
+
+
+def _own_crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder that this package wrote."""
+    return str(_read_manifest(path).get("format", "")).startswith("lightrft_lightning/")
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    manifest = _read_manifest(path)
+    if manifest.get("format") != FORMAT and is_checkpoint(path):
+        raise CheckpointError(
+            f"{path} has the format {manifest['format']!r}, this release of lightrft_lightning reads {FORMAT!r}"
+        )
+    stated = manifest.pop("crc32", None)
+    if stated != _own_crc32(manifest):
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} is not the file that was written")
+    return manifest
+
+
+# -------------------------------------------------------------------- finding
+
+
+def find(load_dir: Path, tag: str | None) -> Path:
+    """The checkpoint called `tag`, by default the one that ``latest`` names.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists those there are.
+        CheckpointError: there is one whose manifest is missing or damaged.
+    """
+    if tag is None and is_checkpoint(load_dir):
+        return load_dir
+    latest = load_dir / "latest"
+    name = tag or (latest.read_text().strip() if latest.is_file() else None)
+    path = load_dir / (name or "")
+    for candidate in (path, _aside(path)) if name else ():
+        if is_checkpoint(candidate):
+            return candidate
+    if (path / "state.pt").is_file() or (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is incomplete or damaged: no readable {MANIFEST} of this package")
+    there = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p)) if load_dir.is_dir() else []
+    wanted = f"checkpoint {name!r}" if name else "file 'latest'"
+    raise FileNotFoundError(f"no {wanted} in {load_dir}; checkpoints there: {', '.join(there) or '(none)'}")
+
+
+def check_files(path: Path, files: dict[str, dict[str, int]]) -> None:
+    """Compare files with what the manifest says about them.
+
+    Raises:
+        CheckpointError: the first that is missing or another one.
+    """
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path} is incomplete: {name} is missing")
+        if file.stat().st_size != expected["bytes"] or crc32(file) != expected["crc32"]:
+            raise CheckpointError(f"{path} is damaged: {name} is not the file that was written")

@@ -1,0 +1,198 @@
+"""The dictionary that a Lightning `Trainer` saves and resumes from, taken apart into tensors and the rest, and back.
+
+Tensors anywhere in it, those of callbacks too, go into the checkpoint's store; what remains holds their names. On the
+way back the large parts are mappings that read a tensor when somebody looks at it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.saving import _load_state
+from torch import Tensor
+from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
+
+from lightrft_lightning.strategies import folder, store
+from lightrft_lightning.strategies.flat import FlatTensor
+from lightrft_lightning.strategies.folder import CheckpointError
+from lightrft_lightning.strategies.store import Ranks, Stored, StoredState
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO
+
+M = TypeVar("M", bound=pl.LightningModule)
+
+_MARK = "__lightrft_tensor__"
+
+
+def take_apart(checkpoint: Mapping[str, Any], tied: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, FlatTensor]]:
+    """Split a Trainer's checkpoint.
+
+    Args:
+        checkpoint: as Lightning and its hooks have made it.
+        tied: further names of tied parameters; in state dicts they are stored once.
+
+    Returns:
+        The same without tensors, and the tensors by the names that stand in their places.
+    """
+    tensors: dict[str, FlatTensor] = {}
+
+    def take(path: tuple[Any, ...], value: Any) -> Any:
+        if not isinstance(value, Tensor | FlatTensor):
+            return value
+        name = _name(path, tied, tensors)
+        if name not in tensors:
+            tensors[name] = value if isinstance(value, FlatTensor) else FlatTensor.of(value)
+        return {_MARK: name}
+
+    return tree_map_with_path(take, dict(checkpoint)), tensors
+
+
+def _name(path: tuple[Any, ...], tied: Mapping[str, str], taken: Mapping[str, Any]) -> str:
+    keys: list[Any] = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in path]
+    if len(path) == 2 and isinstance(path[1], MappingKey):
+        prefix = "model" if keys[0] == "state_dict" else keys[0]
+        return f"{prefix}.{tied.get(keys[1], keys[1])}"
+    if len(path) == 4 and keys[0] == "optimizer_states" and keys[2] == "state":
+        name = f"optimizer.{keys[3]}"
+        return name if name not in taken else f"optimizer_{keys[1]}.{keys[3]}"  # two optimizers of one parameter
+    return keystr(path)
+
+
+def put_together(rest: Mapping[str, Any], stored: Stored) -> dict[str, Any]:
+    """Undo `take_apart`: state dicts become `StoredState`, tensors elsewhere are read."""
+    checkpoint: dict[str, Any] = {}
+    for key, value in rest.items():
+        if key == "optimizer_states":
+            checkpoint[key] = [{**one, "state": _lazy(one["state"], stored)} for one in value]
+        elif key == "state_dict" or (isinstance(value, dict) and value and all(map(_is_mark, value.values()))):
+            checkpoint[key] = _lazy(value, stored)
+        else:
+            checkpoint[key] = tree_map(
+                lambda leaf: stored.read(leaf[_MARK]) if _is_mark(leaf) else leaf, value, is_leaf=_is_mark
+            )
+    return checkpoint
+
+
+def _is_mark(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {_MARK}
+
+
+def _lazy(state: Mapping[str, Any], stored: Stored) -> StoredState:
+    names = {key: value[_MARK] for key, value in state.items() if _is_mark(value)}
+    return StoredState(stored, names, {key: value for key, value in state.items() if key not in names})
+
+
+def tensors_under(prefix: str, stored: Stored, plain: Mapping[str, Any]) -> StoredState:
+    """The stored tensors whose names begin with `prefix`, without it, and `plain`."""
+    names = {name.removeprefix(prefix): name for name in stored.tensors if name.startswith(prefix)}
+    if prefix == "model.":
+        names |= {alias: f"model.{name}" for alias, name in stored.manifest["tied"].items()}
+    return StoredState(stored, names, plain)
+
+
+def as_stored(state: Mapping[str, Any]) -> StoredState:
+    """`state`, where a hook has replaced it by a plain dict or it comes from one of Lightning's files."""
+    return state if isinstance(state, StoredState) else StoredState(values=state)
+
+
+def by_name(saved: Mapping[str, Any], settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state with names of parameters, where one of Lightning's files has their positions.
+
+    Args:
+        saved: as in ``checkpoint["optimizer_states"]``.
+        settings: the groups of the optimizer that it is for.
+    """
+    state, groups = saved["state"], saved["param_groups"]
+    if isinstance(state, StoredState):
+        return {"state": state, "param_groups": groups}
+    here = [name for group in settings for name in group["params"]]
+    there = [parameter for group in groups for parameter in group["params"]]
+    names = {p: p if isinstance(p, str) else name for p, name in zip(there, here, strict=False)}
+    values = {f"{names[p]}.{key}": value for p, of_p in state.items() if p in names for key, value in of_p.items()}
+    named = [{**group, "params": [names[p] for p in group["params"] if p in names]} for group in groups]
+    return {"state": StoredState(values=values), "param_groups": named}
+
+
+# -------------------------------------------------------------------- reading
+
+
+def read(path: Path, ranks: Ranks, weights_only: bool | None, files: CheckpointIO) -> dict[str, Any]:
+    """A Trainer's checkpoint: a folder of this package, or one of Lightning's files.
+
+    Args:
+        path: where it is.
+        ranks: who reads it, together.
+        weights_only: False runs whatever code it asks for.
+        files: reads Lightning's files.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is incomplete, damaged, or was written by `save_ckpt`.
+    """
+    if ranks.together(path.is_file):
+        return ranks.together(
+            lambda: store.readable(path, lambda: files.load_checkpoint(path, weights_only=weights_only))
+        )
+    found = ranks.together(lambda: folder.find(path.parent, path.name))
+    stored = store.open_checkpoint(found, ranks)
+    return ranks.together(lambda: _read_folder(stored, ranks, weights_only))
+
+
+def _read_folder(stored: Stored, ranks: Ranks, weights_only: bool | None) -> dict[str, Any]:
+    path = stored.path
+    try:
+        shared = store.readable(path, lambda: stored.shared(weights_only is not False))
+    except CheckpointError as err:
+        if weights_only is not False and "Weights only" in str(err):
+            raise CheckpointError(
+                f"{path} holds objects that are no plain values: if you trust it, pass weights_only=False. {err}"
+            ) from err
+        raise
+    if "trainer" not in shared:
+        raise CheckpointError(f"{path} was written by save_ckpt(): read it with load_ckpt()")
+    checkpoint = store.readable(path, lambda: put_together(shared["trainer"], stored))
+    checkpoint["lightrft_rng"] = stored.own(ranks.rank)["rng"]
+    return checkpoint
+
+
+def asked_weights_only() -> bool | None:
+    """What was given to ``Trainer.fit(weights_only=...)``.
+
+    Lightning does not hand it on where checkpoints are restored after the strategy's setup.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not pl.Trainer._run.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("weights_only")
+
+
+def load_module(
+    cls: type[M],
+    path: Path,
+    map_location: Any = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **settings: Any,
+) -> M:
+    """``cls.load_from_checkpoint`` for a folder, in one process.
+
+    Args:
+        cls: the module's class.
+        path: the folder.
+        map_location: a device for the module.
+        strict: every tensor must be there and no other; default: as the module says.
+        weights_only: False runs whatever code it asks for.
+        **settings: arguments of `cls` in place of the saved ones.
+    """
+    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+    checkpoint = read(path, Ranks(), weights_only, TorchCheckpointIO())
+    checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(settings)
+    module = _load_state(cls, checkpoint, strict=strict, **settings)
+    assert isinstance(module, cls)
+    return module if map_location is None else module.to(map_location)
