@@ -175,9 +175,11 @@ class RankWatch:
             return
         deadline = time.monotonic() + GRACE  # the thread goes on, in case that the interpreter does not end
         for child in children:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 child.wait(max(0.0, deadline - time.monotonic()))
-            child.kill()
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
     def _forget(self) -> None:
         """In a forked child (a worker of a data loader): the connections are the parent's."""
