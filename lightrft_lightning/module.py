@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -27,7 +28,8 @@ from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.checkpoint import rng_state, set_rng_state
+from lightrft_lightning.strategies.checkpoint import set_rng_state
+from lightrft_lightning.strategies.trainer_state import load_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -459,9 +461,17 @@ class RLHFModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- checkpoints
 
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> RLHFModule:  # type: ignore[override]
+        """As Lightning's, also for the folders that this package's strategies write; in one process."""
+        if Path(checkpoint_path).is_dir():
+            return load_module(cls, Path(checkpoint_path), *args, **kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lightrft"] = {"iteration": self.iteration, "rng": rng_state()}
+        checkpoint["lightrft"] = {"iteration": self.iteration}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -469,7 +479,7 @@ class RLHFModule(pl.LightningModule):
         if state is None:
             raise ValueError("this checkpoint was not written by RLHFModule: it holds no iteration count")
         self.iteration = state["iteration"]
-        self._rng_to_restore = state["rng"]
+        self._rng_to_restore = checkpoint.get("lightrft_rng")
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -6,7 +6,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +34,7 @@ from typing_extensions import override
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained
+from lightrft_lightning.strategies.checkpoint import FlatTensor, TensorInfo
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
@@ -67,7 +68,6 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     """
 
     strategy_name = "lightrft_fsdp"
-    optimizer_state = ModelParallelStrategy.optimizer_state
 
     def __init__(
         self,
@@ -316,6 +316,21 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         _reshard(model)
         _reshard(ema)
         super().moving_average(model, ema, beta)
+
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @override
+    def _optimizer_tensors(
+        self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
+    ) -> dict[str, FlatTensor]:
+        _reshard(model)
+        return super()._optimizer_tensors(model, optimizer, saved)
+
+    @override
+    def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+        _reshard(model)
+        return super()._optimizer_settings(model, optimizer)
 
 
 class _PolicyPrecision(MixedPrecision):
