@@ -31,7 +31,8 @@ def ranks(tmp_path_factory):
     for rank in json.loads(job.stdout):
         cases.setdefault(rank["case"], []).append(rank)
     for case in cases.values():
-        failed_at = max(float(at) for r in case for at in re.findall(r"failing ([\d.]+)", r["stdout"]))
+        times = [float(at) for r in case for at in re.findall(r"failing ([\d.]+)", r["stdout"])]
+        failed_at = max(times, default=float("nan"))
         for rank in case:
             rank["seconds"] = rank["at"] - failed_at
     return cases
