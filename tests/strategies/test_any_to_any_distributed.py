@@ -10,34 +10,55 @@ from pathlib import Path
 
 import pytest
 
-JOB = Path(__file__).parent / "jobs" / "resume.py"
+JOBS = Path(__file__).parent / "jobs"
 ALONE = ("lightrft_fake", "lightrft_fsdp@1")
 TWO = ("lightrft_fsdp", "lightrft_deepspeed_stage_1", "lightrft_deepspeed_stage_2", "lightrft_deepspeed_stage_3")
 ALL = (*ALONE, *TWO)
 
+pytestmark = pytest.mark.timeout(900)  # the jobs of the first test
 
-def run_alone(*args):
+
+def run_alone(script, *args):
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(JOB), *map(str, args)]
+    command = [sys.executable, str(script), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.fixture(scope="module")
-def differences(run_ranks, tmp_path_factory):
-    """To the uninterrupted run, by ``source -> strategy``."""
-    folder = tmp_path_factory.mktemp("any")
-    run_alone("save", folder, *ALONE)
-    run_ranks(JOB, "save", folder, *TWO, timeout=200)
-    run_alone("load", folder, folder / "alone.json", *ALONE, "--", *ALL)
-    run_ranks(JOB, "load", folder, folder / "two.json", *TWO, "--", *ALL, timeout=250)
+def measure(script, run_ranks, folder):
+    """What the job found for each ``source -> strategy``."""
+    run_alone(script, "save", folder, *ALONE)
+    run_ranks(script, "save", folder, *TWO, timeout=200)
+    run_alone(script, "load", folder, folder / "alone.json", *ALONE, "--", *ALL)
+    run_ranks(script, "load", folder, folder / "two.json", *TWO, "--", *ALL, timeout=280)
     return {**json.loads((folder / "alone.json").read_text()), **json.loads((folder / "two.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def loop(run_ranks, tmp_path_factory):
+    return measure(JOBS / "resume.py", run_ranks, tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="module")
+def trainer(run_ranks, tmp_path_factory):
+    return measure(JOBS / "resume_trainer.py", run_ranks, tmp_path_factory.mktemp("trainer"))
 
 
 @pytest.mark.parametrize("strategy", ALL)
 @pytest.mark.parametrize("source", ALL)
-def test_resume(differences, source, strategy):
-    found = differences[f"{source} -> {strategy}"]
+def test_hand_written_loop(loop, source, strategy):
+    """Actor and critic: losses, gradient norms and weights of steps 6 to 10, after a checkpoint at step 5."""
+    found = loop[f"{source} -> {strategy}"]
     assert found["numbers"] < 1e-5 and found["weights"] < 1e-5, found
+    if source == strategy:
+        assert found["equal"], found
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("source", ALL)
+def test_grpo_under_a_trainer(trainer, source, strategy):
+    """In the middle of an epoch: the same prompts, completions and weights as without the interruption."""
+    found = trainer[f"{source} -> {strategy}"]
+    assert found["same tokens"] and found["same step"] and found["weights"] < 1e-5, found
     if source == strategy:
         assert found["equal"], found
