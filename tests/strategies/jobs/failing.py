@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from lightrft_lightning.strategies import failures
-from lightrft_lightning.strategies.launch import start_process_group
 
 TIMEOUT = 8.0
 STEP = 20
@@ -150,13 +148,13 @@ CASES = {
 }
 
 
-def train(case: Case) -> None:
-    timeout = timedelta(seconds=TIMEOUT)
-    start_process_group(timeout, "cpu")
+def train(case: Case, store: Path, rank: int) -> None:
+    # By a file: a port that was free when it was looked for may be taken by one of the other cases.
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.world_size)
     # What the ranks wait in has torch's deadline of 30 minutes, as a group of a device mesh has.
     group = dist.new_group()
     dist.all_reduce(torch.ones(1), group=group)
-    failures.watch_ranks(timeout)
+    failures.watch_ranks(timedelta(seconds=TIMEOUT))
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor: all_reduce(tensor, group=group)
     for _ in range(STEP):
@@ -164,16 +162,14 @@ def train(case: Case) -> None:
     globals()[case.others](case.culprit, globals().get(case.how))
 
 
-def rank_of(case: Case, name: str, rank: int, port: int) -> int:
+def rank_of(case: Case, name: str, rank: int) -> int:
     """Fork; the child runs the case as the interpreter would run a script."""
     pid = os.fork()
     if pid:
         return pid
     for number, kind in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(FOLDER / f"{name}.{rank}.{kind}", os.O_WRONLY | os.O_CREAT), number)
-    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({k: str(v) for k, v in {**master, "WORLD_SIZE": case.world_size}.items()})
-    run(train, case)
+    run(train, case, FOLDER / f"{name}.store", rank)
     return 0
 
 
@@ -193,22 +189,12 @@ def run(function, *args) -> None:
     os._exit(code)
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def main() -> None:
     torch.set_num_threads(1)
     running = {}  # process id -> (case, rank)
-    for (name, case), port in zip(CASES.items(), free_ports(len(CASES)), strict=True):
+    for name, case in CASES.items():
         for rank in range(case.world_size):
-            running[rank_of(case, name, rank, port)] = name, rank
+            running[rank_of(case, name, rank)] = name, rank
     ended = {}
     deadline = time.monotonic() + 10 * TIMEOUT
     while running and time.monotonic() < deadline:
