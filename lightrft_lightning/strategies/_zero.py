@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,13 @@ from lightrft_lightning._errors import import_extra
 
 _GATHER_ELEMENTS = 200_000_000
 """Elements of the parameters that are whole at the same time while a sharded model is read."""
+
+
+_MODULE_ATTRIBUTES = {
+    "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining", "ds_id",
+    "ds_recompute_parameters", "_external_params", "_original_parameters",
+}  # fmt: skip
+"""What ZeRO-3 leaves on modules; it belongs to the engine that has put it there."""
 
 
 def start_deepspeed(device: torch.device, local_rank: int, timeout: timedelta | None) -> Any:
@@ -57,6 +66,10 @@ class Piece(NamedTuple):
     """1-D view; writing to it changes the model's state."""
 
 
+_ENGINES: WeakKeyDictionary[nn.Module, ZeroModel] = WeakKeyDictionary()
+"""All of this process. A second strategy takes a model over, e.g. that of a second `Trainer`."""
+
+
 class ZeroModel:
     """A model and its DeepSpeed engine. The model stays the caller's object; ZeRO-3 works through hooks on it.
 
@@ -70,6 +83,9 @@ class ZeroModel:
     def __init__(self, deepspeed: Any, model: nn.Module, optimizer: Optimizer | None, config: dict[str, Any]) -> None:
         self._deepspeed = deepspeed
         self.model = model
+        exact, attributes = _make_free(model, config)
+        self._attributes = attributes or {p: set(vars(p)) for p in model.parameters()}
+        """What each parameter had before ZeRO added to it."""
         self.optimizer = optimizer
         self.stage: int = config["zero_optimization"]["stage"]
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -78,32 +94,56 @@ class ZeroModel:
         if optimizer is not None:
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
             self.groups = [[names[p] for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
-        exact = {} if optimizer is None else _exact_values(model, config)
-        with _any_float16(deepspeed):
+        self.low_precision = is_low(config)
+        if optimizer is not None and not exact:
+            exact = _exact_values(model, config)
+        with _any_float16(deepspeed), _quiet(deepspeed):
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.zero: Any = self.engine.optimizer
         """DeepSpeed's optimizer; of a model without one, what gathers and frees its parameters."""
-        if exact:
-            self._restore(exact)
-
-    def _restore(self, exact: Mapping[str, Tensor]) -> None:
-        """DeepSpeed makes the fp32 master weights from weights that it has rounded already."""
-        for name, piece in self.masters():
+        for name, piece in self.masters() if exact else ():
+            # DeepSpeed makes the master weights from weights that it has rounded already.
             if name in exact:
-                piece.values.copy_(exact[name].flatten()[piece.offset : piece.offset + piece.values.numel()])
+                start = piece.offset - exact[name].offset
+                piece.values.copy_(exact[name].values[start : start + piece.values.numel()])
+        if optimizer is not None:
+            optimizer.zero_grad = self.discard_gradients  # type: ignore[method-assign]
+        _ENGINES[model] = self
 
     # ---------------------------------------------------------------- one step
 
-    def start_backward(self, scale: float) -> None:
-        """What ``engine(...)`` would do at a forward pass and at the begin of the backward pass."""
-        self.zero.clear_backward_seen_flag()  # counts the passes of an accumulation
-        self.zero.custom_loss_scaler, self.zero.external_loss_scale = True, scale
-        self.zero.enter_backward()
-
     def backward(self, loss: Tensor, scale: float = 1.0) -> None:
-        """Add the gradients of `loss` × `scale` to those there are."""
-        self.start_backward(scale)
+        """Add the gradients of `loss` × `scale` (of float16) to those there are."""
+        self._start_backward(scale)
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _start_backward(self, scale: float) -> None:
+        """What ``engine(...)`` would do at a forward pass and at the begin of the backward pass."""
+        zero = self.zero
+        _leave_backward(zero)
+        zero.clear_backward_seen_flag()  # counts the passes of an accumulation
+        zero.custom_loss_scaler, zero.external_loss_scale = True, scale
+        self.engine._manual_backward_expected = True  # the loss is scaled, though not by this engine
+        zero.backward_prologue()
+        zero.enter_backward()
+
+    @property
+    def _without_hooks(self) -> bool:
+        """DeepSpeed's optimizer of stage 1 in bfloat16: it collects gradients after the backward pass, unscaled."""
+        return hasattr(self.zero, "fp32_groups_gradients_flat")
+
+    def discard_gradients(self, set_to_none: bool = True) -> None:
+        """What ``optimizer.zero_grad()`` means: forget the backward passes since the last step."""
+        zero = self.zero
+        zero.zero_grad(set_to_none=True)
+        if self._without_hooks:
+            zero.clear_hp_grads()
+        elif self.stage == 3:
+            zero.grad_partitions_flat_buffer.zero_()
+        else:
+            zero.micro_step_id = -1  # of the step that begins; the first pass makes it 0
+            for gradients in (zero.averaged_gradients, zero.all_grad_tensors):
+                gradients.update(dict.fromkeys(gradients))
 
     def step(self, divisor: float, max_norm: float) -> float:
         """Reduce what is left, divide by `divisor`, clip by the global norm, and step if all gradients are finite.
@@ -117,7 +157,7 @@ class ZeroModel:
         """
         zero = self.zero
         zero.clip_grad = max(max_norm, 0.0)
-        if hasattr(zero, "fp32_groups_gradients_flat"):  # the optimizer of stage 1 in bfloat16 knows no scale
+        if self._without_hooks:
             for gradients in zero.fp32_groups_gradients_flat:
                 gradients.div_(divisor)
         else:
@@ -165,8 +205,53 @@ class ZeroModel:
         flat = flat if key is None else self.optimizer.state[flat][key]  # type: ignore[union-attr]
         return Piece(offset, flat.detach().narrow(0, start, numel))
 
-    def refresh(self) -> None:
-        """Make the weights that the model computes with equal to the fp32 ones."""
+    def close(self) -> dict[str, Piece]:
+        """Remove the engine; parameters that are sharded stay so.
+
+        Returns:
+            The fp32 weights, if the parameters are not.
+        """
+        exact = {n: Piece(p.offset, p.values.clone()) for n, p in self.masters()} if self.low_precision else {}
+        for _, parameter in self.sharded():
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        self.engine.destroy()
+        if self.optimizer is not None:
+            vars(self.optimizer).pop("zero_grad", None)
+        for module in self.model.modules():
+            for name in _MODULE_ATTRIBUTES & vars(module).keys():
+                delattr(module, name)
+        del _ENGINES[self.model]
+        return exact
+
+    def release(self) -> None:
+        """Remove the engine; the parameters are whole and plain again, and exact where they were trained.
+
+        Raises:
+            RuntimeError: they were sharded before they came here.
+        """
+        if any("ds_id" in names for names in self._attributes.values()):
+            raise RuntimeError(
+                f"{type(self.model).__name__} was built inside deepspeed.zero.Init, so it can only be used at stage 3 "
+                "in the same precision: save a checkpoint and load it into a new model"
+            )
+        values = {}
+        for name, parameter in self.model.named_parameters():
+            with self.whole([parameter]):
+                values[name] = parameter.detach().clone()
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and self.optimizer is not None}
+        exact = self.close()
+        for name, parameter in self.model.named_parameters():
+            value = values.pop(name)
+            if self.low_precision and name in trained:
+                value = _joined(exact.get(name), value)
+            for attribute in vars(parameter).keys() - self._attributes[parameter]:
+                delattr(parameter, attribute)
+            parameter.data = value
+        for module in self.model.modules():
+            module._parameters = dict(module._parameters)
 
     def sharded(self) -> Iterator[tuple[str, Any]]:
         """Parameters that are cut into parts (stage 3), by name."""
@@ -175,23 +260,38 @@ class ZeroModel:
     @contextlib.contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Inside, sharded `parameters` have all their elements; outside of the model's own passes only."""
-        free = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+        free = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
         with self._deepspeed.zero.GatheredParameters(free):
             yield
 
     @contextlib.contextmanager
     def without_hooks(self) -> Iterator[None]:
-        """Inside, the model's forward passes neither gather nor free parameters."""
+        """Inside, forward passes neither gather nor free parameters, nor compare their order with other ranks."""
         offload = getattr(self.zero, "parameter_offload", self.zero)
-        for parameter in self.model.parameters():
+        for _, parameter in self.sharded():
             parameter.ds_active_sub_modules.clear()
-        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
-            hook.remove()
+        offload._remove_module_hooks()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:
             yield
         finally:
-            offload._register_deepspeed_module(self.model)
+            offload.setup_zero_stage3_hooks()
+
+
+def backward_through(models: Sequence[ZeroModel], loss: Tensor) -> None:
+    """Add the gradients of `loss`, which may depend on any of `models`, to those there are."""
+    for model in models:
+        model._start_backward(1.0)
+    loss.backward()
+    for model in models:
+        if model._without_hooks:
+            model.engine._backward_epilogue()
+        _leave_backward(model.zero)
+
+
+def _leave_backward(zero: Any) -> None:
+    while zero._backward_active_depth:  # an exception, or a loss without gradients for this model, leaves it entered
+        zero.exit_backward()
 
 
 def buckets(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
@@ -209,15 +309,45 @@ def buckets(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Par
         yield bucket
 
 
-def _exact_values(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def is_low(config: Mapping[str, Any]) -> bool:
+    """Whether this JSON means 16-bit weights beside the fp32 ones."""
+    return bool(config["bf16"]["enabled"] or config["fp16"]["enabled"])
+
+
+def _exact_values(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Piece]:
     """fp32 weights that DeepSpeed is about to round, in CPU memory."""
-    if not (config["bf16"]["enabled"] or config["fp16"]["enabled"]):
+    if not is_low(config):
         return {}
     return {
-        name: p.detach().to("cpu", copy=True)
+        name: Piece(0, p.detach().to("cpu", copy=True).flatten())
         for name, p in model.named_parameters()
         if p.requires_grad and p.dtype == torch.float32 and not hasattr(p, "ds_id")
     }
+
+
+def _make_free(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, Piece], dict[Tensor, set[str]]]:
+    """Close the engines that have `model` or parts of it.
+
+    Returns:
+        Of what stays sharded: the fp32 weights, which the next engine would round, and `_attributes`.
+    """
+    inside = set(model.modules())
+    for engine in list(_ENGINES.values()):
+        if engine.model in inside or any(m is model for m in engine.model.modules()):
+            sharded = engine.stage == config["zero_optimization"]["stage"] == 3
+            if engine.model is model and sharded and engine.low_precision == is_low(config):
+                return engine.close(), engine._attributes
+            engine.release()
+    return {}, {}
+
+
+def _joined(piece: Piece | None, like: Tensor) -> Tensor:
+    """A whole fp32 tensor from the ranks' pieces."""
+    whole = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    if piece is not None:
+        whole.view(-1)[piece.offset : piece.offset + piece.values.numel()] = piece.values
+    dist.all_reduce(whole)
+    return whole
 
 
 @contextlib.contextmanager
@@ -232,3 +362,15 @@ def _any_float16(deepspeed: Any) -> Iterator[None]:
         yield
     finally:
         del accelerator.is_fp16_supported
+
+
+@contextlib.contextmanager
+def _quiet(deepspeed: Any) -> Iterator[None]:
+    """Without tables of memory, and the warning about every optimizer that is not DeepSpeed's own."""
+    logger, level = deepspeed.utils.logger, deepspeed.utils.logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

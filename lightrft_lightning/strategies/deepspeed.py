@@ -10,19 +10,23 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
-from lightrft_lightning.strategies._zero import ZeroModel, buckets, start_deepspeed
+from lightrft_lightning.strategies._zero import ZeroModel, backward_through, buckets, start_deepspeed
 from lightrft_lightning.strategies._zero_config import (
     LIGHTNING_KEYWORDS,
     check_settings,
@@ -30,10 +34,14 @@ from lightrft_lightning.strategies._zero_config import (
     read_overrides,
     zero_config,
 )
+from lightrft_lightning.strategies._zero_lightning import PRECISIONS, ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.distributed import DistributedStrategy
+from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class _LightningDeepSpeed(DeepSpeedStrategy):
@@ -94,9 +102,11 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
             if theirs in kwargs:
                 kwargs.setdefault(ours, kwargs.pop(theirs))
         super().__init__(**kwargs)
-        self._timeout = timeout
+        self._timeout = timeout or DEFAULT_TIMEOUT
         self._zero: WeakKeyDictionary[nn.Module, ZeroModel] = WeakKeyDictionary()
         self._averages: WeakKeyDictionary[nn.Parameter, Tensor] = WeakKeyDictionary()
+        self._names: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
+        self._max_norms: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
 
     @override
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
@@ -110,6 +120,130 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
         """Whether parameters are sharded; Lightning's model summary asks."""
         return self.config.zero_stage == 3
 
+    # ---------------------------------------------------------------- a Trainer's module
+
+    @override
+    def setup_environment(self) -> None:
+        precision = str(self.precision_plugin.precision)
+        if precision not in PRECISIONS:
+            raise MisconfigurationException(
+                f"Trainer(precision={precision!r}): {self.strategy_name} keeps fp32 weights and computes in "
+                f"{', '.join(PRECISIONS)}; choose one of these"
+            )
+        self.precision_plugin = ZeroPrecision(precision, self)
+        assert self.accelerator is not None and self.cluster_environment is not None
+        self.accelerator.setup_device(self.root_device)
+        reset_seed()
+        self.set_world_ranks()
+        backend = self.process_group_backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout)
+        watch_ranks(self._timeout or DEFAULT_TIMEOUT)
+        self._check_batch_sizes()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        assert module is not None
+        self.training_engines = trainer.state.fn == TrainerFn.FITTING
+        if self.training_engines:
+            self.setup_optimizers(trainer)
+            self._start_engines(module)
+        elif self.config.zero_stage == 3:
+            for part in frozen_parts(module, ()):
+                self._wrap(part, self._models.setdefault(part, _Trained()))
+        self.model_to_device()
+        self.setup_precision_plugin()
+        for wrapper in self._lightning_optimizers:
+            wrapper.zero_grad = wrapper.optimizer.zero_grad  # type: ignore[attr-defined]
+        self.barrier()
+
+    setup_optimizers = Strategy.setup_optimizers  # not Lightning's for DeepSpeed, which takes one from the JSON
+
+    @override
+    def model_sharded_context(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # a module asks for `init_model_context` where it builds a large model
+
+    training_engines = False
+    """Whether the Trainer is fitting; an evaluation alone leaves the weights in fp32."""
+
+    def _start_engines(self, module: pl.LightningModule) -> None:
+        parts = owners(module, self.optimizers)
+        names = {m: name for name, m in module.named_modules()}
+        for part, optimizer in zip(parts, self.optimizers, strict=True):
+            known = self._models.setdefault(part, _Trained())
+            known.optimizer = optimizer
+            self._wrap(part, known)
+            self._names[optimizer] = names[part] or "model"
+        for part in frozen_parts(module, parts):
+            self._wrap(part, self._models.setdefault(part, _Trained()))
+
+    def lightning_backward(self, loss: Tensor, optimizer: Any) -> None:
+        """Lightning's call form: through the engine of `optimizer`, or through all if None."""
+        engines = [z for z in self._zero.values() if z.optimizer is not None]
+        if optimizer is None and len(engines) > 1:
+            if self.compute_dtype == torch.float16:
+                raise MisconfigurationException(
+                    "manual_backward(loss) with several optimizers in precision='16-mixed' does not tell whose loss "
+                    "scale to take: call self.trainer.strategy.backward(loss, model, optimizer)"
+                )
+            backward_through(engines, loss)
+            return
+        zero = engines[0] if optimizer is None else self._zero_of(optimizer)
+        zero.backward(loss, self._loss_scale(zero))
+
+    def clip_next_step(self, optimizer: Any, max_norm: float) -> None:
+        """Lightning's call form: clip the gradients of the next step of `optimizer`."""
+        self._max_norms[getattr(optimizer, "optimizer", optimizer)] = max_norm
+
+    def lightning_step(self, optimizer: Optimizer) -> None:
+        """Lightning's call form: step the engine of `optimizer`."""
+        self._step(self._zero_of(optimizer), optimizer, self._names[optimizer], 1.0, self._max_norms.pop(optimizer, 0))
+
+    def _redirected(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a step of the module, through its own forward pass where that is what an engine has hooks on."""
+        module = self.lightning_module
+        assert module is not None
+        if module not in self._zero:
+            return getattr(module, name)(*args, **kwargs)
+        return self._forward_redirection(module, module, name, *args, **kwargs)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.train_step_context():
+            return self._redirected("training_step", *args, **kwargs)
+
+    # With NCCL Lightning evaluates in inference mode, whose tensors ZeRO-3 would keep as parameters.
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.val_step_context():
+            return self._redirected("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.test_step_context():
+            return self._redirected("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.predict_step_context():
+            return self._redirected("predict_step", *args, **kwargs)
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        return False  # Lightning counts the batches; each step of an engine is one of its optimizer steps
+
+    @override
+    def teardown(self) -> None:
+        # The model stays where its engines are.
+        assert self.accelerator is not None and self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
     # ---------------------------------------------------------------- models and optimizers
 
     @property
@@ -121,23 +255,22 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
         zero = self._zero.get(model)
         if zero is not None and zero.optimizer is known.optimizer:
             return model
+        evaluating = self.lightning_module is not None and not self.training_engines
+        dtype = torch.float32 if evaluating else self.compute_dtype
         if known.optimizer is None and self.config.zero_stage < 3:
             model.to(self.root_device)
             for parameter in model.parameters():
                 if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(self.compute_dtype)
+                    parameter.data = parameter.data.to(dtype)
         else:
-            self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, self._json(model))
+            config = zero_config(
+                self.config, self._overrides, model, dtype=dtype, device=self.root_device, ranks=self.world_size
+            )
+            self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, config)
             known.engine = zero.engine
-        if self.compute_dtype != torch.float32:
-            _cast_inputs(model, self.compute_dtype)
+        if dtype != torch.float32:
+            _cast_inputs(model, dtype)
         return model
-
-    def _json(self, model: nn.Module) -> dict[str, Any]:
-        return zero_config(
-            self.config, self._overrides, model,
-            dtype=self.compute_dtype, device=self.root_device, ranks=self.world_size,
-        )  # fmt: skip
 
     def _zero_of(self, optimizer: Optimizer) -> ZeroModel:
         raw = getattr(optimizer, "optimizer", optimizer)
