@@ -27,6 +27,7 @@ from lightrft_lightning.strategies import folder, state, store, trainer_state
 from lightrft_lightning.strategies.background import Background
 from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
 from lightrft_lightning.strategies.folder import CheckpointError, Place
+from lightrft_lightning.strategies.foreign import ForeignState, Source, open_foreign
 from lightrft_lightning.strategies.state import rng_state, set_rng_state
 from lightrft_lightning.strategies.store import Content, Ranks, Stored, StoredState
 
@@ -124,6 +125,9 @@ class Checkpoints:
     ) -> tuple[str, dict[str, Any]]:
         """Read a checkpoint in place, whatever strategy wrote it at whatever world size. All ranks call this together.
 
+        With ``load_module_only=True`` also the weights in DeepSpeed's own folders, those of LightRFT, and in safetensors
+        files.
+
         The random state is restored rank by rank; at another world size, rank r takes that of rank r modulo the saved
         number.
 
@@ -147,6 +151,9 @@ class Checkpoints:
         """
         self.finish_checkpoints()
         ranks = self._join_ranks()
+        foreign = ranks.together(lambda: _find_foreign(Path(load_dir), tag, load_module_only))
+        if foreign is not None:
+            return self._load_foreign(model, foreign, load_module_strict), {}
         path = ranks.together(lambda: folder.find(Path(load_dir), tag))
         stored = store.open_checkpoint(path, ranks)
         shared = ranks.together(lambda: store.readable(path, stored.shared))
@@ -175,11 +182,18 @@ class Checkpoints:
             if not load_module_only:
                 self._set_scaler_state(model, shared["scaler"])
                 self.optimizer_steps = shared["step"]
-                set_rng_state(own["rng"])
+                set_rng_state(own.get("rng", {}))
 
         sources = ranks.together(check)
         ranks.together(lambda: store.readable(path, restore))
         return str(path), shared.get("client_state", {})
+
+    def _load_foreign(self, model: nn.Module, source: Source, strict: bool) -> str:
+        ranks, weights = self._join_ranks(), ForeignState(source)
+        sources = ranks.together(lambda: self._match(model, weights, source.path, strict))
+        ranks.together(lambda: store.readable(source.path, lambda: self._load_model(model, weights, sources)))
+        source.close()
+        return str(source.path)
 
     def finish_checkpoints(self) -> None:
         """Wait for the checkpoints that are written in the background.
@@ -215,7 +229,7 @@ class Checkpoints:
         if optimizer is not None:
             moments = self._optimizer_tensors(model, optimizer)
             tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
-            scalars = state.optimizer_scalars(model, optimizer)
+            scalars = self._optimizer_scalars(model, optimizer)
             shared["optimizer"] = {"scalars": scalars, "groups": self._optimizer_settings(model, optimizer)}
         return Content(tensors, shared, {"rng": rng_state()}, self._header(model, self.optimizer_steps))
 
@@ -236,7 +250,7 @@ class Checkpoints:
         assert module is not None
         raw = getattr(optimizer, "optimizer", optimizer)
         return {
-            "state": {**self._optimizer_tensors(module, raw), **state.optimizer_scalars(module, raw)},
+            "state": {**self._optimizer_tensors(module, raw), **self._optimizer_scalars(module, raw)},
             "param_groups": self._optimizer_settings(module, raw),
         }
 
@@ -406,7 +420,7 @@ class Checkpoints:
         infos = moments.tensors()
         targets = self._optimizer_tensors(model, optimizer, infos)
         moments.read_into({name: target for name, target in targets.items() if name in infos})
-        state.set_optimizer_scalars(model, optimizer, moments.plain())
+        self._set_optimizer_scalars(model, optimizer, moments.plain())
         self._set_optimizer_settings(model, optimizer, groups)
         self._optimizer_loaded(model, optimizer)
 
@@ -424,6 +438,14 @@ class Checkpoints:
     ) -> dict[str, FlatTensor]:
         """The optimizer's state as views, under ``<parameter name>.<key>``; laid out for `saved` first, if given."""
         return state.optimizer_tensors(model, optimizer, saved)
+
+    def _optimizer_scalars(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """The part of the optimizer's state that is no tensor, under the same kind of names."""
+        return state.optimizer_scalars(model, optimizer)
+
+    def _set_optimizer_scalars(self, model: nn.Module, optimizer: Optimizer, scalars: Mapping[str, Any]) -> None:
+        """Undo `_optimizer_scalars`; tensors are in place."""
+        state.set_optimizer_scalars(model, optimizer, scalars)
 
     def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
         """Parameter groups without tensors: learning rate, ..., and the names of their parameters."""
@@ -448,6 +470,22 @@ class Checkpoints:
             if known is not None:
                 known.scaler = known.scaler or torch.amp.GradScaler(self.root_device.type)  # type: ignore[attr-defined]
                 known.scaler.load_state_dict(saved)
+
+
+def _find_foreign(load_dir: Path, tag: str | None, load_module_only: bool) -> Source | None:
+    """What another program wrote there, if nothing of this package is there."""
+    try:
+        folder.find(load_dir, tag)
+        return None
+    except FileNotFoundError:
+        source = open_foreign(load_dir, tag)
+        if source is None:
+            raise
+    if not load_module_only:
+        raise CheckpointError(
+            f"{source.path} was not written by this package: its weights can be read with load_module_only=True"
+        )
+    return source
 
 
 def _loop_states(stored: Stored, shared: Mapping[str, Any]) -> tuple[StoredState, StoredState]:
