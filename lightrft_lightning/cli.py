@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 import lightrft_lightning
+from lightrft_lightning import convert
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.module import RLHFModule
@@ -42,7 +43,8 @@ DEFAULT_CALLBACKS = (
 
 DESCRIPTION = (
     "Reinforcement fine-tuning of language models inside PyTorch Lightning. Settings come from YAML files and flags, "
-    "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4"
+    "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4. "
+    "Checkpoints as Hugging Face folders, and back: lightrft convert --help"
 )
 
 
@@ -103,7 +105,11 @@ def main(args: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=f".*{noise}")
     try:
         import_extra("jsonargparse", "cli")
-        LightRFTCLI(args)
+        given = sys.argv[1:] if args is None else list(args)
+        if given[:1] == ["convert"]:
+            convert.main(given[1:])
+        else:
+            LightRFTCLI(args)
     except Exception as err:
         if os.environ.get("LIGHTRFT_DEBUG") == "1" or not _is_ours(err):
             raise

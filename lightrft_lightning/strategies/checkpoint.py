@@ -125,8 +125,7 @@ class Checkpoints:
     ) -> tuple[str, dict[str, Any]]:
         """Read a checkpoint in place, whatever strategy wrote it at whatever world size. All ranks call this together.
 
-        With ``load_module_only=True`` also the weights in DeepSpeed's own folders, those of LightRFT, and in safetensors
-        files.
+        With ``load_module_only=True`` also the weights in folders of DeepSpeed, of LightRFT and of Hugging Face.
 
         The random state is restored rank by rank; at another world size, rank r takes that of rank r modulo the saved
         number.

@@ -256,9 +256,11 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Undo `rng_state`. CUDA states are left out where the number of devices is another one."""
+    """Undo `rng_state`; nothing for an empty state. CUDA states are left out where there are more or fewer devices."""
     import numpy
 
+    if not state:
+        return
     random.setstate(_tuples(state["python"]))
     torch.set_rng_state(state["torch"])
     numpy.random.set_state(state["numpy"])

@@ -6,6 +6,7 @@ writes at one world size every other reads at any. Whatever fails on one rank is
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import secrets
@@ -22,8 +23,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from lightrft_lightning.strategies import folder
 from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
@@ -33,6 +35,9 @@ T = TypeVar("T")
 
 MOST_ELEMENTS = 1 << 24
 """Elements of one stored piece: whoever needs a part of it reads it whole."""
+
+FILE_BYTES = 1 << 28
+"""Most bytes of tensors in one file, unless a single piece is larger."""
 
 _SAME_KIND: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError, ValueError)
 
@@ -218,7 +223,7 @@ def _write_tensors(tensors: Mapping[str, FlatTensor], path: Path, ranks: Ranks) 
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
                 {name: tensor.split(MOST_ELEMENTS) for name, tensor in tensors.items()},
-                storage_writer=dcp.FileSystemWriter(path),
+                storage_writer=_Writer(path),
                 planner=_SavePlanner(),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
@@ -227,6 +232,38 @@ def _write_tensors(tensors: Mapping[str, FlatTensor], path: Path, ranks: Ranks) 
         if ranks.group is None:
             raise next(iter(err.failures.values()))[0] from err
         raise
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Several files a rank: DCP keeps copies of all tensors of a file in memory until it is complete."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
+        buckets = _buckets(plan.items)
+        if len(buckets) == 1:
+            return super().write_data(plan, planner)
+        results = []
+        for number, items in enumerate(buckets):
+            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            results += super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner).wait()
+        done: Future[list[Any]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _buckets(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """The items in their order, so many a file that it stays below `FILE_BYTES`."""
+    buckets: list[list[WriteItem]] = [[]]
+    size = 0
+    for item in items:
+        assert item.tensor_data is not None
+        data = item.tensor_data
+        more = data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        if buckets[-1] and size + more > FILE_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(item)
+        size += more
+    return buckets
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -284,7 +321,7 @@ class Stored:
             name: TensorInfo(tuple(entry["shape"]), getattr(torch, entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
-        self._metadata = _read_metadata(path)
+        self._metadata = read_metadata(path)
 
     def shared(self, weights_only: bool = True) -> dict[str, Any]:
         """What was the same on all ranks.
@@ -413,7 +450,8 @@ def readable(path: Any, read: Callable[[], T]) -> T:
         raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {reason(err)}") from err
 
 
-def _read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path) -> Metadata:
+    """The list of tensors of a DCP folder, read without running what it might hold."""
     with (path / ".metadata").open("rb") as file:
         return _MetadataUnpickler(file).load()
 

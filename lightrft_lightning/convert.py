@@ -1,0 +1,415 @@
+"""``lightrft convert``: checkpoints of any back end as Hugging Face folders, and back.
+
+Tensors are read, converted and written one by one; what is in memory at a time is about one output file. The result is
+read again and compared; one that differs does not stay.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning.strategies import folder, foreign, store
+from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
+from lightrft_lightning.strategies.folder import TEMPORARY, CheckpointError, Place
+from lightrft_lightning.strategies.foreign import HuggingFaceFolder, OwnFolder, Source
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of one safetensors file, unless a single tensor is larger."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written."""
+
+    info: TensorInfo
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.info.shape) * self.info.dtype.itemsize
+
+
+def convert(
+    src: str,
+    dst: str,
+    to: Literal["hf", "ckpt"] = "hf",
+    module: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    lora: Literal["merge", "keep"] = "merge",
+    tag: str | None = None,
+    tokenizer: str | None = None,
+    model_folder: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Convert a checkpoint; a source of any kind becomes either kind of result.
+
+    Args:
+        src: a checkpoint of this package (by `save_ckpt` or by a Trainer), of DeepSpeed or of LightRFT, a folder of
+            these, or a Hugging Face folder with safetensors files.
+        dst: the folder to write; it must not exist yet.
+        to: ``hf``: safetensors files and config.json, as `from_pretrained` and vLLM open them. ``ckpt``: a checkpoint
+            of this package, without optimizer.
+        module: the part to take, e.g. ``actor``; default: the only Hugging Face model in it.
+        dtype: of floating-point tensors; default: as they are.
+        lora: ``merge`` folds adapters into the weights, ``keep`` writes the adapter alone.
+        tag: which checkpoint of a folder; default: what its ``latest`` names.
+        tokenizer: folder whose tokenizer files are copied into a Hugging Face result.
+        model_folder: folder with the model's config.json, for sources that do not say what the model is.
+        shard_bytes: most bytes of one safetensors file.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        FileExistsError: `dst` exists.
+        ValueError: settings that do not fit the source; the message names what does.
+        CheckpointError: the source is damaged, or the result is not what it should be. Nothing is left then.
+    """
+    target = Path(dst)
+    if target.exists():
+        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+    source = _open(Path(src), tag)
+    source, described = _choose(source, module)
+    if model_folder is not None:
+        described = {**(described or {}), **_described_by(Path(model_folder))}
+    outputs, described = _outputs(source, described, dtype, lora)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if to == "ckpt":
+        _write_checkpoint(target, source, outputs, described)
+        _compare(OwnFolder(store.open_checkpoint(target, store.Ranks())), outputs, target)
+        return target
+    temporary = target.with_name(f".{target.name}{TEMPORARY}")
+    folder.remove(temporary)
+    try:
+        adapter_only = bool(described and described.get("adapters"))
+        _write_hugging_face(temporary, outputs, described, adapter_only, shard_bytes, source.path)
+        _copy_tokenizer(temporary, tokenizer, source)
+        if not adapter_only:
+            _compare(HuggingFaceFolder(temporary), outputs, target)
+            _check_architecture(temporary, described)
+        for path in temporary.iterdir():
+            folder.flush(path)
+        temporary.rename(target)
+        folder.flush(target.parent)
+    except BaseException:
+        folder.remove(temporary)
+        raise
+    finally:
+        source.close()
+    return target
+
+
+# -------------------------------------------------------------------- the source
+
+
+def _open(path: Path, tag: str | None) -> Source:
+    for parent, name in ((path, tag), *([(path.parent, path.name)] if tag is None else [])):
+        try:
+            return OwnFolder(store.open_checkpoint(folder.find(parent, name), store.Ranks()))
+        except FileNotFoundError as err:
+            missing = err
+    source = foreign.open_foreign(path, tag)
+    if source is None:
+        raise FileNotFoundError(f"nothing to convert at {path}{f', tag {tag!r}' if tag else ''}: {missing}")
+    return source
+
+
+def _choose(source: Source, module: str | None) -> tuple[Source, dict[str, Any] | None]:
+    """The part `module` of a source, and what is known about it."""
+    if isinstance(source, HuggingFaceFolder):
+        if module:
+            raise ValueError(f"module={module!r}: {source.path} holds one model, leave it out")
+        return source, _described_by(source.path)
+    if not isinstance(source, OwnFolder):
+        return (_Part(source, module) if module else source), None
+    models = source.stored.manifest.get("hugging_face", {})
+    if module is None:
+        if len(models) > 1:
+            raise ValueError(f"{source.path} holds several models: choose one with module={' or '.join(models)}")
+        module = next(iter(models), "")
+    part = OwnFolder(source.stored, module)
+    if not part.infos:
+        parts = sorted({name.split(".")[0] for name in source.infos})
+        raise ValueError(f"module={module!r}: nothing of that name in {source.path}; there are: {', '.join(parts)}")
+    return part, models.get(module)
+
+
+class _Part(Source):
+    """The tensors whose names begin with `module`, without it."""
+
+    def __init__(self, source: Source, module: str) -> None:
+        self._source, self._prefix, self.path = source, f"{module}.", source.path
+        self.infos = {
+            name.removeprefix(self._prefix): info
+            for name, info in source.infos.items()
+            if name.startswith(self._prefix)
+        }
+        if not self.infos:
+            parts = sorted({name.split(".")[0] for name in source.infos})
+            raise ValueError(f"module={module!r}: nothing of that name in {source.path}; there are: {', '.join(parts)}")
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._prefix + name)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def _described_by(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no config.json")
+    config = json.loads(file.read_text())
+    return {"class": next(iter(config.get("architectures") or ()), ""), "config": config}
+
+
+# -------------------------------------------------------------------- what comes out
+
+
+def _outputs(
+    source: Source, described: dict[str, Any] | None, dtype: str | None, lora: str
+) -> tuple[dict[str, Output], dict[str, Any] | None]:
+    """The tensors to write, and what is known about the model that they make."""
+    adapters = (described or {}).get("adapters")
+    made = {name: (info, _reader(source, name)) for name, info in source.infos.items()}
+    if adapters:
+        made = _merged(made, adapters) if lora == "merge" else _adapter_only(made, adapters)
+        described = {**(described or {}), "adapters": None if lora == "merge" else adapters}
+    wanted = None if dtype is None else getattr(torch, dtype)
+    return {name: _cast(info, make, wanted) for name, (info, make) in made.items()}, described
+
+
+def _reader(source: Source, name: str) -> Callable[[], Tensor]:
+    return lambda: source.read(name)
+
+
+def _cast(info: TensorInfo, make: Callable[[], Tensor], dtype: torch.dtype | None) -> Output:
+    if dtype is None or not info.dtype.is_floating_point:
+        return Output(info, make)
+    return Output(TensorInfo(info.shape, dtype), lambda: make().to(dtype))
+
+
+Made = dict[str, tuple[TensorInfo, Callable[[], Tensor]]]
+
+
+def _only_adapter(adapters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if len(adapters) != 1:
+        raise ValueError(f"the checkpoint holds the adapters {', '.join(adapters)}: only one can be converted")
+    ((name, config),) = adapters.items()
+    unsupported = [k for k in ("use_dora", "alpha_pattern", "rank_pattern") if config.get(k)]
+    if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA" or unsupported:
+        raise ValueError(f"the adapter {name!r} is no plain LoRA ({config.get('peft_type')}, {unsupported})")
+    return name, config
+
+
+def _merged(made: Made, adapters: Mapping[str, Any]) -> Made:
+    """The base model's tensors, with ``scale · B · A`` added where there is an adapter."""
+    adapter, config = _only_adapter(adapters)
+    result: Made = {}
+    for name, (info, make) in made.items():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        plain = name.removeprefix("base_model.model.")
+        plain = plain.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
+        low = name.replace(".base_layer.weight", f".lora_A.{adapter}.weight")
+        if low != name and low in made:
+            make = _with_adapter(make, made[low][1], made[low.replace(".lora_A.", ".lora_B.")][1], config)
+        result[plain] = (info, make)
+    left = [n for n in made if ".lora_" in n and ".lora_A." not in n and ".lora_B." not in n]
+    if left:
+        raise ValueError(f"{left[0]} cannot be merged: only adapters of linear layers can; keep them with lora='keep'")
+    return result
+
+
+def _with_adapter(
+    base: Callable[[], Tensor], low: Callable[[], Tensor], high: Callable[[], Tensor], config: Mapping[str, Any]
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        weight, a, b = base(), low(), high()
+        rank = a.shape[0]
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        delta = b.float() @ a.float() * scale
+        return (weight.float() + (delta.T if config.get("fan_in_fan_out") else delta)).to(weight.dtype)
+
+    return make
+
+
+def _adapter_only(made: Made, adapters: Mapping[str, Any]) -> Made:
+    adapter, _ = _only_adapter(adapters)
+    chosen = {n: m for n, m in made.items() if ".lora_" in n or f".modules_to_save.{adapter}." in n}
+    return {n.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", "."): m for n, m in chosen.items()}
+
+
+# -------------------------------------------------------------------- Hugging Face
+
+
+def _write_hugging_face(
+    path: Path,
+    outputs: Mapping[str, Output],
+    described: Mapping[str, Any] | None,
+    adapter_only: bool,
+    shard_bytes: int,
+    where: Path,
+) -> None:
+    if described is None or not (described.get("config") or adapter_only):
+        raise ValueError(f"{where} does not say what the model is: pass model_folder=<folder with its config.json>")
+    save_file = import_extra("safetensors.torch", "hf").save_file
+    path.mkdir()
+    if adapter_only:
+        ((_, config),) = described["adapters"].items()
+        (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        tensors = {name: output.make().contiguous() for name, output in outputs.items()}
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        return
+    dtypes = {o.info.dtype for o in outputs.values() if o.info.dtype.is_floating_point}
+    config = {**described["config"], "architectures": [described["class"]] if described["class"] else None}
+    if len(dtypes) == 1:
+        config["dtype"] = str(next(iter(dtypes))).removeprefix("torch.")
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2))
+    shards = list(_shards(outputs, shard_bytes))
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: outputs[n].make().contiguous() for n in names}, path / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(output.nbytes for output in outputs.values())
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (path / "model.safetensors.index.json").write_text(json.dumps(content, indent=2))
+
+
+def _shards(outputs: Mapping[str, Output], most: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, output in outputs.items():
+        if names and size + output.nbytes > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += output.nbytes
+    yield names
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def _copy_tokenizer(path: Path, tokenizer: str | None, source: Source) -> None:
+    origin = Path(tokenizer) if tokenizer is not None else source.path
+    found = [origin / name for name in _TOKENIZER_FILES if (origin / name).is_file()]
+    if tokenizer is not None and not any("token" in file.name or "vocab" in file.name for file in found):
+        raise FileNotFoundError(f"tokenizer={tokenizer!r}: no tokenizer files there")
+    for file in found:
+        shutil.copyfile(file, path / file.name)
+
+
+def _check_architecture(path: Path, described: Mapping[str, Any] | None) -> None:
+    """Names and shapes against those of a model built from the config, without memory for it."""
+    transformers = import_extra("transformers", "hf")
+    config = transformers.AutoConfig.from_pretrained(path)
+    cls = getattr(transformers, (described or {}).get("class") or "", transformers.AutoModelForCausalLM)
+    with torch.device("meta"):
+        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = HuggingFaceFolder(path).infos
+    first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    needed = {first[id(tensor)] for tensor in model.state_dict(keep_vars=True).values()}
+    for name in sorted(needed - there.keys()):
+        raise CheckpointError(f"the result would be no {type(model).__name__}: it has no {name}")
+    for name, info in there.items():
+        if wanted.get(name, info.shape) != info.shape:
+            raise CheckpointError(
+                f"the result would be no {type(model).__name__} of this config: {name} has shape {info.shape}, "
+                f"not {wanted[name]}"
+            )
+
+
+# -------------------------------------------------------------------- this package's checkpoints
+
+
+class _Streamed(FlatTensor):
+    """A tensor that is read when it is written."""
+
+    def __init__(self, output: Output) -> None:
+        piece = torch.empty(math.prod(output.info.shape), dtype=output.info.dtype, device="meta")
+        super().__init__(output.info.shape, output.info.dtype, ((0, piece),) if len(piece) else ())
+        object.__setattr__(self, "output", output)
+
+    output: Output
+
+    def split(self, most: int) -> FlatTensor:
+        return self  # it is read whole in any case
+
+    @cached_property
+    def info(self) -> TensorInfo:  # type: ignore[override]
+        return self.output.info
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.output.make().reshape(-1)
+
+
+def _write_checkpoint(
+    path: Path, source: Source, outputs: Mapping[str, Output], described: Mapping[str, Any] | None
+) -> None:
+    if described and described.get("adapters"):
+        raise ValueError("lora='keep' writes an adapter in Hugging Face's form: use to='hf', or lora='merge'")
+    models = {"": {**described}} if described else {}
+    header = {
+        "strategy": "convert",
+        "world_size": 1,
+        "step": 0,
+        "model": (described or {}).get("class", ""),
+        "hugging_face": models,
+        "tied": {alias: name for alias, name in source.tied.items() if name in outputs and alias not in outputs},
+    }
+    shared: dict[str, Any] = {"client_state": {}, "step": 0, "scaler": {}, "model": {}}
+    tensors: dict[str, FlatTensor] = {f"model.{name}": _Streamed(output) for name, output in outputs.items()}
+    content = store.Content(tensors, shared, {}, header)
+    store.prepare(content, Place(path.parent, path.name), store.Ranks())(store.Ranks())
+
+
+def _compare(result: Source, outputs: Mapping[str, Output], where: Path) -> None:
+    """Read the result again, tensor by tensor."""
+    try:
+        if result.infos != {name: output.info for name, output in outputs.items()}:
+            raise CheckpointError(f"{where}: names or shapes are not those of the source")
+        for name, output in outputs.items():
+            if not _same(result.read(name), output.make()):
+                raise CheckpointError(f"{where}: {name} does not read back as it was written")
+    except BaseException:
+        folder.remove(where)
+        raise
+    finally:
+        result.close()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def main(args: Sequence[str]) -> Path:
+    """``lightrft convert SRC DST ...``.
+
+    Args:
+        args: what follows ``convert``.
+    """
+    jsonargparse = import_extra("jsonargparse", "cli")
+    written = jsonargparse.auto_cli(convert, args=list(args), as_positional=True, prog="lightrft convert")
+    print(f"written: {written}")
+    return written
