@@ -70,6 +70,16 @@ _ENGINES: WeakKeyDictionary[nn.Module, ZeroModel] = WeakKeyDictionary()
 """All of this process. A second strategy takes a model over, e.g. that of a second `Trainer`."""
 
 
+class Place(NamedTuple):
+    """Where this rank's range of a parameter is in a flat tensor."""
+
+    offset: int
+    """Index of its first element in the parameter."""
+    start: int
+    """And in the flat tensor."""
+    numel: int
+
+
 class ZeroModel:
     """A model and its DeepSpeed engine. The model stays the caller's object; ZeRO-3 works through hooks on it.
 
@@ -88,12 +98,12 @@ class ZeroModel:
         """What each parameter had before ZeRO added to it."""
         self.optimizer = optimizer
         self.stage: int = config["zero_optimization"]["stage"]
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self.groups: list[list[str]] = []
-        """Names of the parameters of each of the optimizer's groups, which DeepSpeed empties."""
+        self.groups: list[list[nn.Parameter]] = []
+        """The parameters of each of the optimizer's groups, which DeepSpeed takes out of it."""
         if optimizer is not None:
+            _check_optimizer(model, optimizer)
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-            self.groups = [[names[p] for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
+            self.groups = [[p for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
         self.low_precision = is_low(config)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
@@ -171,39 +181,73 @@ class ZeroModel:
 
     # ---------------------------------------------------------------- parameters
 
-    def masters(self, key: str | None = None) -> Iterator[tuple[str, Piece]]:
-        """The part of the fp32 weights of trained parameters that this rank keeps.
+    def places(self) -> Iterator[tuple[nn.Parameter, Tensor, Place | None]]:
+        """Trained parameters, the flat fp32 tensors that the optimizer steps, and where one is in the other.
 
-        Args:
-            key: of the optimizer's state (``exp_avg``, ...), in place of the weights.
+        None: all of the parameter is with other ranks.
         """
         if self.optimizer is None:
             return
-        if key is not None and self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            piece = self._sharded_piece(parameter, key) if self.stage == 3 else self._flat_piece(parameter, key)
-            if piece is not None:
-                yield name, piece
+        zero = self.zero
+        if self.stage == 3:
+            for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+                for parameter in group:
+                    piece = self.shard(parameter)
+                    start = zero.grad_position[zero.get_param_id(parameter)][1]
+                    place = None if piece is None else Place(piece.offset, start, len(piece.values))
+                    yield parameter, flat, place
+            return
+        flats = zero.fp32_groups_flat_partition if self._without_hooks else zero.single_partition_of_fp32_groups
+        groups = zero.bf16_groups if self._without_hooks else zero.bit16_groups
+        for flat, group in zip(flats, groups, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                place = None
+                if mapping is not None:
+                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    place = Place(low.start, high.start, high.numel)
+                yield parameter, flat, place
 
-    def _flat_piece(self, parameter: Any, key: str | None) -> Piece | None:
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if mapping is None:  # all of it is another rank's
-            return None
-        return Piece(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach())
+    def masters(self) -> Iterator[tuple[str, Piece]]:
+        """The part of the fp32 weights of trained parameters that this rank keeps, by name."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for parameter, flat, place in self.places():
+            if place is not None:
+                values = flat.detach().narrow(0, place.start, place.numel)
+                yield names[id(parameter)], Piece(place.offset, values)
 
-    def _sharded_piece(self, parameter: Any, key: str | None) -> Piece | None:
-        rank = dist.get_rank(parameter.ds_process_group)
-        offset = rank * parameter.ds_tensor.ds_numel
-        numel = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - offset)  # the last ranks' parts are padded
-        if numel <= 0:
-            return None
-        group, start, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-        flat = self.zero.fp32_partitioned_groups_flat[group]
-        flat = flat if key is None else self.optimizer.state[flat][key]  # type: ignore[union-attr]
-        return Piece(offset, flat.detach().narrow(0, start, numel))
+    def shard(self, parameter: Any) -> Piece | None:
+        """The part of a sharded parameter that this rank keeps, in the dtype that the model computes with."""
+        size = parameter.ds_tensor.ds_numel
+        offset = dist.get_rank(parameter.ds_process_group) * size
+        numel = min(size, parameter.ds_numel - offset)  # the last parts are padded
+        return Piece(offset, parameter.ds_tensor.detach().view(-1)[:numel]) if numel > 0 else None
+
+    def sharded(self) -> Iterator[tuple[str, Any]]:
+        """Parameters that are cut into parts (stage 3), by name."""
+        return ((n, p) for n, p in self.model.named_parameters() if hasattr(p, "ds_id"))
+
+    @contextlib.contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Inside, sharded `parameters` have all their elements; outside of the model's own passes only."""
+        free = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
+        with self._deepspeed.zero.GatheredParameters(free):
+            yield
+
+    @contextlib.contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Inside, forward passes neither gather nor free parameters, nor compare their order with other ranks."""
+        offload = getattr(self.zero, "parameter_offload", self.zero)
+        for _, parameter in self.sharded():
+            parameter.ds_active_sub_modules.clear()
+        offload._remove_module_hooks()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload.setup_zero_stage3_hooks()
+
+    # ---------------------------------------------------------------- end
 
     def close(self) -> dict[str, Piece]:
         """Remove the engine; parameters that are sharded stay so.
@@ -253,29 +297,18 @@ class ZeroModel:
         for module in self.model.modules():
             module._parameters = dict(module._parameters)
 
-    def sharded(self) -> Iterator[tuple[str, Any]]:
-        """Parameters that are cut into parts (stage 3), by name."""
-        return ((n, p) for n, p in self.model.named_parameters() if hasattr(p, "ds_id"))
 
-    @contextlib.contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Inside, sharded `parameters` have all their elements; outside of the model's own passes only."""
-        free = [p for p in parameters if getattr(getattr(p, "ds_status", None), "name", "") == "NOT_AVAILABLE"]
-        with self._deepspeed.zero.GatheredParameters(free):
-            yield
-
-    @contextlib.contextmanager
-    def without_hooks(self) -> Iterator[None]:
-        """Inside, forward passes neither gather nor free parameters, nor compare their order with other ranks."""
-        offload = getattr(self.zero, "parameter_offload", self.zero)
-        for _, parameter in self.sharded():
-            parameter.ds_active_sub_modules.clear()
-        offload._remove_module_hooks()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            offload.setup_zero_stage3_hooks()
+def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    inside = {id(p) for p in model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in inside:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
+                    "pass each optimizer with the model that it was created for"
+                )
+    if optimizer.state:
+        raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
 
 
 def backward_through(models: Sequence[ZeroModel], loss: Tensor) -> None:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.strategies import _zero_state as zero_state
 from lightrft_lightning.strategies._zero import ZeroModel, backward_through, buckets, start_deepspeed
 from lightrft_lightning.strategies._zero_config import (
     LIGHTNING_KEYWORDS,
@@ -38,7 +39,9 @@ from lightrft_lightning.strategies._zero_lightning import PRECISIONS, ZeroPrecis
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
+from lightrft_lightning.strategies.state import aliases
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -64,8 +67,16 @@ class _LightningDeepSpeed(DeepSpeedStrategy):
             process_group_backend=process_group_backend,
         )
 
+    @override
+    def teardown(self) -> None:
+        # The model stays where its engines are.
+        assert self.accelerator is not None and self.cluster_environment is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
-class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
+
+class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: ignore[misc]
     """DeepSpeed ZeRO: stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
 
     Each trained model gets a DeepSpeed engine of its own, each with its own optimizer. The models stay the caller's
@@ -153,7 +164,7 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
         elif self.config.zero_stage == 3:
             for part in frozen_parts(module, ()):
                 self._wrap(part, self._models.setdefault(part, _Trained()))
-        self.model_to_device()
+        module.to(self.root_device)
         self.setup_precision_plugin()
         for wrapper in self._lightning_optimizers:
             wrapper.zero_grad = wrapper.optimizer.zero_grad  # type: ignore[attr-defined]
@@ -161,9 +172,10 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
 
     setup_optimizers = Strategy.setup_optimizers  # not Lightning's for DeepSpeed, which takes one from the JSON
 
+    @contextlib.contextmanager
     @override
-    def model_sharded_context(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()  # a module asks for `init_model_context` where it builds a large model
+    def model_sharded_context(self) -> Iterator[None]:
+        yield  # a module asks for `init_model_context` where it builds a large model
 
     training_engines = False
     """Whether the Trainer is fitting; an evaluation alone leaves the weights in fp32."""
@@ -235,14 +247,6 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
     @override
     def handles_gradient_accumulation(self) -> bool:
         return False  # Lightning counts the batches; each step of an engine is one of its optimizer steps
-
-    @override
-    def teardown(self) -> None:
-        # The model stays where its engines are.
-        assert self.accelerator is not None and self.cluster_environment is not None
-        self.cluster_environment.teardown()
-        self.precision_plugin.teardown()
-        self.accelerator.teardown()
 
     # ---------------------------------------------------------------- models and optimizers
 
@@ -354,6 +358,62 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):
             with gathered(free) if gathered is not None and free else contextlib.nullcontext():
                 for name, parameter in bucket.items():
                     yield name, parameter.detach()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _engines_in(self, model: nn.Module) -> list[ZeroModel]:
+        """The engines that have parameters of `model`."""
+        ids = {id(p) for p in model.parameters()}
+        return [z for z in self._zero.values() if any(id(p) in ids for p in z.model.parameters())]
+
+    @override
+    def _model_tensors(self, model: nn.Module) -> dict[str, FlatTensor]:
+        sharded = {k: v for zero in self._engines_in(model) for k, v in zero_state.model_tensors(zero).items()}
+        own = model.state_dict(keep_vars=True)
+        return {name: sharded.get(id(own[name]), tensor) for name, tensor in super()._model_tensors(model).items()}
+
+    @override
+    def _model_loaded(self, model: nn.Module) -> None:
+        for zero in self._engines_in(model):
+            zero_state.model_loaded(zero)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        tensors = self._model_tensors(module)
+        tied = aliases(module)
+        return {name: tensors.get(tied.get(name, name), value) for name, value in module.state_dict().items()}
+
+    @override
+    def _optimizer_tensors(
+        self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
+    ) -> dict[str, FlatTensor]:
+        return zero_state.optimizer_tensors(self._zero_of(optimizer), _names(model), saved)
+
+    @override
+    def _optimizer_scalars(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        return zero_state.optimizer_scalars(self._zero_of(optimizer), _names(model))
+
+    @override
+    def _set_optimizer_scalars(self, model: nn.Module, optimizer: Optimizer, scalars: Mapping[str, Any]) -> None:
+        zero_state.set_optimizer_scalars(self._zero_of(optimizer), _names(model), scalars)
+
+    @override
+    def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+        return zero_state.optimizer_settings(self._zero_of(optimizer), _names(model))
+
+    @override
+    def _set_optimizer_settings(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        zero_state.set_optimizer_settings(self._zero_of(optimizer), _names(model), groups)
+
+    @override
+    def _optimizer_loaded(self, model: nn.Module, optimizer: Optimizer) -> None:
+        zero_state.optimizer_loaded(self._zero_of(optimizer))
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 @contextlib.contextmanager

@@ -40,3 +40,9 @@ def test_hand_written_loop(results, check):
 def test_trainer(results, check):
     for rank in results("deepspeed_trainer"):
         assert rank[check] == "ok", rank[check]
+
+
+@pytest.mark.parametrize("check", checks_of("deepspeed_checkpoint"))
+def test_checkpoints(results, check):
+    for rank in results("deepspeed_checkpoint"):
+        assert rank[check] == "ok", rank[check]

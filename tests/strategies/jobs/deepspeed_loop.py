@@ -75,7 +75,7 @@ def same(left, right, tolerance=1e-6, **more):
 
 
 def check_actor_and_critic_as_in_one_process():
-    """20 steps: accumulation of two passes of unequal length, clipping, two learning rates, a scheduler, a reference."""
+    """20 steps: two passes of unequal length each, clipping, two learning rates, schedulers, a reference."""
     one = FakeStrategy(train_batch_size=8, micro_train_batch_size=4, max_norm=0.3)
     expected = run(one)
     for stage in STAGES:
@@ -182,12 +182,19 @@ def check_a_bad_gradient_on_one_rank_skips_the_step_on_all():
             assert any(not torch.equal(t, before[n]) for n, t in whole(s, model).items())
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, both):
+        return self.b(self.a(x)) if both else self.a(x)
+
+
 def check_a_parameter_without_gradient_does_not_get_an_older_one():
     for stage in STAGES:
         s = strategy(stage, max_norm=0)
-        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-        model.forward = lambda x, both: model["b"](model["a"](x)) if both else model["a"](x)
-        model, optimizer = s.prepare((model, torch.optim.SGD(model.parameters(), lr=0.1)))
+        model, optimizer = s.prepare((m := Branches(), torch.optim.SGD(m.parameters(), lr=0.1)))
         for both in (True, False):
             before = whole(s, model)
             s.backward(model(torch.ones(2, 4), both).pow(2).mean(), model, optimizer)

@@ -1,0 +1,158 @@
+"""What of ZeRO's models and optimizers goes into a checkpoint: the ranges that this rank keeps, as views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightrft_lightning.strategies._zero import Piece, Place, ZeroModel
+from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
+from lightrft_lightning.strategies.state import _IMPLEMENTATION
+
+Names = Mapping[int, str]
+"""The name of each parameter in the checkpoint, by its id."""
+
+
+def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
+    """By the id of the parameter: its fp32 values where it is trained, else its own if it is sharded."""
+    masters: dict[int, Piece | None] = {}
+    dtypes: dict[int, torch.dtype] = {}
+    for parameter, flat, place in zero.places():
+        masters[id(parameter)] = None if place is None else _piece(flat, place)
+        dtypes[id(parameter)] = flat.dtype
+    found = {}
+    for _, parameter in zero.model.named_parameters():
+        if id(parameter) in masters:
+            piece, dtype = masters[id(parameter)], dtypes[id(parameter)]
+        elif hasattr(parameter, "ds_id"):
+            piece, dtype = zero.shard(parameter), parameter.dtype
+        else:
+            continue
+        found[id(parameter)] = FlatTensor(_shape(parameter), dtype, () if piece is None else (tuple(piece),))  # type: ignore[arg-type]
+    return found
+
+
+def model_loaded(zero: ZeroModel) -> None:
+    """Let the weights that the model computes with follow those of `model_tensors`. All ranks together."""
+    for _, parameter in zero.sharded():  # what was gathered before is out of date
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+    if zero.optimizer is None:
+        return
+    if zero.stage < 3:
+        zero.zero.update_lp_params()
+        return
+    for low, full in zip(zero.zero.fp16_partitioned_groups_flat, zero.zero.fp32_partitioned_groups_flat, strict=True):
+        low.data.copy_(full.data)
+    zero.zero.invalidate_secondary_tensor()
+
+
+def optimizer_tensors(zero: ZeroModel, names: Names, saved: Mapping[str, TensorInfo] | None) -> dict[str, FlatTensor]:
+    """The optimizer's state under ``<parameter name>.<key>``.
+
+    Args:
+        zero: the model.
+        names: of its parameters.
+        saved: what is about to be loaded: the state is laid out for exactly this first.
+    """
+    assert zero.optimizer is not None
+    if saved is not None:
+        _lay_out(zero, names, saved)
+    found = {}
+    for parameter, flat, place in zero.places():
+        for key, value in zero.optimizer.state.get(flat, {}).items():
+            path = f"{names[id(parameter)]}.{key}"
+            if isinstance(value, int | float) and key == "step":
+                value = torch.tensor(float(value))  # as torch's own optimizers have it
+            if not isinstance(value, Tensor):
+                continue
+            if key == "step" or value.shape != flat.shape:  # one for all parameters of the flat tensor
+                found[path] = FlatTensor(tuple(value.shape), value.dtype, ((0, value.detach().view(-1)),))
+            else:
+                here = () if place is None else (tuple(_piece(value, place)),)
+                found[path] = FlatTensor(_shape(parameter), value.dtype, here)  # type: ignore[arg-type]
+    return found
+
+
+def _lay_out(zero: ZeroModel, names: Names, saved: Mapping[str, TensorInfo]) -> None:
+    optimizer = zero.optimizer
+    assert optimizer is not None
+    wanted: dict[str, dict[str, TensorInfo]] = {}
+    for path, info in saved.items():
+        name, _, key = path.rpartition(".")
+        wanted.setdefault(name, {})[key] = info
+    before = {flat: optimizer.state.pop(flat, {}) for _, flat, _ in zero.places()}
+    group = optimizer.param_groups[0]
+    for parameter, flat, _ in zero.places():
+        for key, info in wanted.get(names[id(parameter)], {}).items():
+            if key in optimizer.state[flat]:
+                continue
+            if isinstance(before[flat].get(key), Tensor):
+                value = before[flat][key]
+            elif key != "step" and info.shape == _shape(parameter):
+                value = torch.zeros_like(flat.detach())
+            else:
+                on_device = group.get("fused") or group.get("capturable")
+                value = torch.zeros(info.shape, dtype=info.dtype, device=flat.device if on_device else "cpu")
+            optimizer.state[flat][key] = value
+
+
+def optimizer_loaded(zero: ZeroModel) -> None:
+    """After the tensors were read in place."""
+    assert zero.optimizer is not None
+    if zero.stage < 3:
+        zero.zero._hp_optimizer_states_linked = False  # it has views of the former tensors
+    if type(zero.optimizer).__name__ == "DeepSpeedCPUAdam":
+        for values in zero.optimizer.state.values():
+            values["step"] = int(values["step"])
+
+
+def optimizer_scalars(zero: ZeroModel, names: Names) -> dict[str, Any]:
+    """The part of the optimizer's state that is no tensor."""
+    assert zero.optimizer is not None
+    return {
+        f"{names[id(parameter)]}.{key}": value
+        for parameter, flat, _ in zero.places()
+        for key, value in zero.optimizer.state.get(flat, {}).items()
+        if not isinstance(value, Tensor) and key != "step"
+    }
+
+
+def set_optimizer_scalars(zero: ZeroModel, names: Names, scalars: Mapping[str, Any]) -> None:
+    """Undo `optimizer_scalars`; tensors must be in place."""
+    assert zero.optimizer is not None
+    flats = {names[id(parameter)]: flat for parameter, flat, _ in zero.places()}
+    for path, value in scalars.items():
+        name, _, key = path.rpartition(".")
+        if name in flats:
+            zero.optimizer.state[flats[name]][key] = value
+
+
+def optimizer_settings(zero: ZeroModel, names: Names) -> list[dict[str, Any]]:
+    """The parameter groups, with the names of their parameters."""
+    assert zero.optimizer is not None
+    return [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[id(p)] for p in parameters]}
+        for group, parameters in zip(zero.optimizer.param_groups, zero.groups, strict=True)
+    ]
+
+
+def set_optimizer_settings(zero: ZeroModel, names: Names, groups: list[dict[str, Any]]) -> None:
+    """Undo `optimizer_settings`. How the optimizer computes (fused, ...) stays as it is here."""
+    assert zero.optimizer is not None
+    of_parameter = {name: group for group in groups for name in group["params"]}
+    kept = {"params", *_IMPLEMENTATION} - {"initial_lr"}
+    for group, parameters in zip(zero.optimizer.param_groups, zero.groups, strict=True):
+        saved = of_parameter[names[id(parameters[0])]]
+        group.update({key: value for key, value in saved.items() if key not in kept})
+
+
+def _piece(flat: Tensor, place: Place) -> Piece:
+    return Piece(place.offset, flat.detach().narrow(0, place.start, place.numel))
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
