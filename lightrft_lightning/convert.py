@@ -136,7 +136,9 @@ def _choose(source: Source, module: str | None) -> tuple[Source, dict[str, Any] 
         return source, _described_by(source.path)
     if not isinstance(source, OwnFolder):
         return (_Part(source, module) if module else source), None
-    models = source.stored.manifest.get("hugging_face", {})
+    described = source.stored.manifest.get("hugging_face", {})
+    # Not a reference model, which checkpoints leave out.
+    models = {name: d for name, d in described.items() if OwnFolder(source.stored, name).infos}
     if module is None:
         if len(models) > 1:
             raise ValueError(f"{source.path} holds several models: choose one with module={' or '.join(models)}")

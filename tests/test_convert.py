@@ -89,8 +89,14 @@ def test_many_files(tmp_path):
 class ActorCritic(pl.LightningModule):
     def __init__(self):
         super().__init__()
-        self.actor, self.critic = llama(), llama(tied=False)
+        self.actor, self.critic, self.reference = llama(), llama(tied=False), llama()
         self.head = nn.Linear(2, 2)
+        self.register_state_dict_post_hook(self.without_reference)
+
+    @staticmethod
+    def without_reference(module, state_dict, *args):
+        for name in [n for n in state_dict if n.startswith("reference.")]:
+            del state_dict[name]
 
 
 @pytest.fixture

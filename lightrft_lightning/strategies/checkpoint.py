@@ -105,9 +105,10 @@ class Checkpoints:
         place = Place(Path(save_dir), tag or f"step_{self.optimizer_steps}", save_latest, max_num, max_mem * 1e9)
         optimizer, scheduler = self._known(model, optimizer, scheduler)
         self._warn_of_pending(optimizer)
-        self.finish_checkpoints()
+        ranks = self._join_ranks()
+        ranks.together(self.finish_checkpoints)
         client = dict(client_state or {})
-        content = self._join_ranks().together(lambda: self._loop_content(model, optimizer, scheduler, client))
+        content = ranks.together(lambda: self._loop_content(model, optimizer, scheduler, client))
         self._write(content, place, wait)
         return str(place.path)
 
@@ -148,8 +149,8 @@ class Checkpoints:
             FileNotFoundError: no such checkpoint; the message lists those there are.
             CheckpointError: it is incomplete, damaged or of another model; nothing was changed, on any rank.
         """
-        self.finish_checkpoints()
         ranks = self._join_ranks()
+        ranks.together(self.finish_checkpoints)
         foreign = ranks.together(lambda: _find_foreign(Path(load_dir), tag, load_module_only))
         if foreign is not None:
             return self._load_foreign(model, foreign, load_module_strict), {}
@@ -266,8 +267,8 @@ class Checkpoints:
             )
         module = self.lightning_module
         assert module is not None
-        self.finish_checkpoints()
         ranks = self._join_ranks()
+        ranks.together(self.finish_checkpoints)
         training = {"optimizer_steps": self.optimizer_steps, "scaler": self._scaler_state(module)}
         with_ours = {**checkpoint, "lightrft_strategy": training}
 
@@ -295,10 +296,10 @@ class Checkpoints:
         Raises:
             CheckpointError: it is incomplete, damaged, or not what is needed.
         """
-        self.finish_checkpoints()
+        ranks = self._join_ranks()
+        ranks.together(self.finish_checkpoints)
         if weights_only is None:
             weights_only = trainer_state.asked_weights_only()
-        ranks = self._join_ranks()
         torch.cuda.empty_cache()
         checkpoint = trainer_state.read(_local(checkpoint_path), ranks, weights_only, self.checkpoint_io)
         module = self.lightning_module
@@ -388,7 +389,7 @@ class Checkpoints:
 
     def _header(self, model: nn.Module, step: int) -> dict[str, Any]:
         header = {"strategy": self.strategy_name, "world_size": self.world_size, "step": step}
-        tokenizer = getattr(model, "_tokenizer", None) or getattr(model, "tokenizer", None)
+        tokenizer = vars(model).get("_tokenizer") or vars(model).get("tokenizer")  # a property might load one
         if hasattr(tokenizer, "get_vocab"):
             header["tokenizer"] = state.tokenizer_hash(tokenizer)
         return {**header, **state.describe_model(model), "tied": state.aliases(model)}

@@ -133,7 +133,8 @@ class DeepSpeedFolder(Source):
         first = self._models[0]
         if self._optimizers and "zero_stage" not in self._optimizers[0]:
             self._optimizers = []  # without ZeRO: the weights are whole
-        self._stage = self._optimizers[0]["zero_stage"] if self._optimizers else 0
+        # Its number is in the file as an object of a class of DeepSpeed's.
+        self._stage = 0 if not self._optimizers else 3 if "fp32_flat_groups" in self._optimizers[0] else 2
         self._check_complete()
         self._where: dict[str, tuple[int, int]] = {}
         whole = {n: t for n, t in first["module"].items() if isinstance(t, Tensor)}
@@ -260,7 +261,8 @@ class _DataUnpickler(pickle.Unpickler):
     _ALLOWED = {
         "collections": {"OrderedDict", "defaultdict"},
         "builtins": {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "complex", "bytearray"},
-        "torch": {"Size", "device"},
+        "torch": {"Size", "Tensor", "device"},
+        "torch._tensor": {"_rebuild_from_type_v2"},
         "torch._utils": {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"},
         "torch.storage": {"UntypedStorage", "TypedStorage"},
     }

@@ -246,8 +246,8 @@ def _check_same_kind(group: Mapping[str, Any], saved: Mapping[str, Any], where: 
 def rng_state() -> dict[str, Any]:
     """State of every random generator, as plain values that `torch.load(weights_only=True)` reads."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()  # of this rank's device; to ask the others would start them up
     import numpy
 
     kind, keys, *rest = numpy.random.get_state()
@@ -256,7 +256,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Undo `rng_state`; nothing for an empty state. CUDA states are left out where there are more or fewer devices."""
+    """Undo `rng_state`; nothing for an empty state."""
     import numpy
 
     if not state:
@@ -264,8 +264,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     random.setstate(_tuples(state["python"]))
     torch.set_rng_state(state["torch"])
     numpy.random.set_state(state["numpy"])
-    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _tuples(value: Any) -> Any:
@@ -282,7 +282,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
         if not inside and (described := _hugging_face(module)):
             found[name] = described
-    return {"model": type(model).__name__, "hugging_face": found}
+    return {"model": _class_name(model), "hugging_face": found}
 
 
 def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
@@ -291,7 +291,7 @@ def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
     config = getattr(base, "config", None)
     if not (hasattr(base, "save_pretrained") and hasattr(config, "to_json_string")):
         return None
-    described = {"class": type(base).__mro__[1].__name__ if _is_sharded(base) else type(base).__name__}
+    described: dict[str, Any] = {"class": _class_name(base)}
     described["config"] = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
     if adapters is not None:
         plain = {name: adapter.to_dict() for name, adapter in adapters.items()}
@@ -299,10 +299,11 @@ def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
     return described
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def _class_name(module: nn.Module) -> str:
+    """Of the class that `fully_shard` has put a subclass in place of, if it has."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(module, FSDPModule)
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule)).__name__
 
 
 def _plain(value: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
-from lightrft_lightning.strategies import folder
+from lightrft_lightning.strategies import folder, store
 
 
 class Run:
@@ -153,6 +153,21 @@ def test_a_model_without_optimizer_and_state_that_is_no_tensor(tmp_path):
     model.note = "changed"
     strategy.load_ckpt(model, tmp_path)
     assert model.note == "saved" and not model.weight.requires_grad
+
+
+def test_large_tensors_are_cut_into_pieces_and_files(tmp_path, monkeypatch):
+    """A rank that needs a part of a tensor reads little more than that; one that writes keeps one file in memory."""
+    monkeypatch.setattr(store, "MOST_ELEMENTS", 5)
+    monkeypatch.setattr(store, "FILE_BYTES", 100)
+    run = Run()
+    run.train(2)
+    path = Path(run.strategy.save_ckpt(run.model, tmp_path))
+    assert len(list(path.glob("__0_*_0.distcp"))) > 5
+    chunks = [c.sizes[0] for m in store.read_metadata(path).state_dict_metadata.values() for c in m.chunks]
+    assert max(chunks) == 5 and sum(chunks) == 3 * (8 * 4 + 8 * 2 + 8 + 8 + 1) + 2 * 8 + 1 + 6
+    other = Run(seed=1)
+    other.strategy.load_ckpt(other.model, tmp_path)
+    assert equal(other.state(), run.state())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
