@@ -117,10 +117,11 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        # With one process there is nothing to launch, so that notebooks work.
-        assert self.cluster_environment is not None
-        if self.num_processes * self.num_nodes > 1:
-            self._launcher = WatchedLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        # With one process there is nothing to launch, so that notebooks work; torchrun and SLURM have launched already.
+        environment = self.cluster_environment
+        assert environment is not None
+        if self.num_processes * self.num_nodes > 1 or environment.creates_processes_externally:
+            self._launcher = WatchedLauncher(environment, self.num_processes, self.num_nodes)
 
     @property
     def num_processes(self) -> int:
