@@ -317,7 +317,6 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         _reshard(ema)
         super().moving_average(model, ema, beta)
 
-
     # ---------------------------------------------------------------- checkpoints
 
     @override
