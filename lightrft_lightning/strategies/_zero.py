@@ -88,12 +88,20 @@ class ZeroModel:
         model: its parameters are replaced by ZeRO's in place.
         optimizer: a torch optimizer over them; None for inference (stage 3).
         config: DeepSpeed's JSON.
+        before: of parameters that are sharded already: their fp32 values, and what they had before ZeRO.
     """
 
-    def __init__(self, deepspeed: Any, model: nn.Module, optimizer: Optimizer | None, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        deepspeed: Any,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        config: dict[str, Any],
+        before: tuple[dict[str, Piece], dict[Tensor, set[str]]] | None = None,
+    ) -> None:
         self._deepspeed = deepspeed
         self.model = model
-        exact, attributes = _make_free(model, config)
+        exact, attributes = before or _make_free(model, config)
         self._attributes = attributes or {p: set(vars(p)) for p in model.parameters()}
         """What each parameter had before ZeRO added to it."""
         self.optimizer = optimizer
@@ -107,6 +115,7 @@ class ZeroModel:
         self.low_precision = is_low(config)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
+        forget_other_groups(deepspeed, config)
         with _any_float16(deepspeed), _quiet(deepspeed):
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.zero: Any = self.engine.optimizer
@@ -247,6 +256,40 @@ class ZeroModel:
         finally:
             offload.setup_zero_stage3_hooks()
 
+    # ---------------------------------------------------------------- memory
+
+    def offload(self) -> None:
+        """Move weights and gradients to CPU memory; nothing of the model can run until `reload`."""
+        for _, parameter in self.sharded():
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+        if self.optimizer is None:
+            self._move_shards(torch.device("cpu"))
+        elif not self._without_hooks:
+            states = (
+                ["lp_params", "lp_grads", "contiguous_grad_buffer"] if self.stage == 3 else ["lp_params", "hp_params"]
+            )
+            self.engine.offload_states(include=states, pin_memory=False)
+            self._move_flat(torch.device("cpu"))
+
+    def reload(self, device: torch.device) -> None:
+        """Undo `offload`."""
+        if self.optimizer is None:
+            self._move_shards(device)
+        elif not self._without_hooks:
+            self.engine.reload_states()
+            self._move_flat(device)
+
+    def _move_shards(self, device: torch.device) -> None:
+        for _, parameter in self.sharded():
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(device)
+
+    def _move_flat(self, device: torch.device) -> None:
+        """The fp32 weights of stage 3 where they are a copy: DeepSpeed moves them for its own optimizer only."""
+        if self.stage == 3 and self.low_precision and not self.zero.offload_optimizer:
+            for flat in self.zero.fp32_partitioned_groups_flat:
+                flat.data = flat.data.to(device)
+
     # ---------------------------------------------------------------- end
 
     def close(self) -> dict[str, Piece]:
@@ -296,6 +339,14 @@ class ZeroModel:
             parameter.data = value
         for module in self.model.modules():
             module._parameters = dict(module._parameters)
+
+
+def forget_other_groups(deepspeed: Any, config: Mapping[str, Any]) -> None:
+    """DeepSpeed keeps the groups of ranks of the first ``zpg`` in a process for all engines that follow."""
+    groups = deepspeed.utils.groups
+    group = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
+    if group is not None and dist.get_world_size(group) != config["zero_optimization"].get("zero_hpz_partition_size"):
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

@@ -4,16 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+from typing_extensions import override
 
 from lightrft_lightning.strategies._zero import Piece, Place, ZeroModel
+from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.state import _IMPLEMENTATION
+from lightrft_lightning.strategies.state import _IMPLEMENTATION, aliases
 
 Names = Mapping[int, str]
 """The name of each parameter in the checkpoint, by its id."""
+
+
+class ZeroCheckpoints(DistributedStrategy):
+    """The hooks of `Checkpoints` for models with DeepSpeed engines."""
+
+    _zero: WeakKeyDictionary[nn.Module, ZeroModel]
+    _averages: WeakIdKeyDictionary
+    """fp32 averages of this rank's parts of parameters of 16 bits, of `moving_average`."""
+
+    def _zero_of(self, optimizer: Optimizer) -> ZeroModel:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        for zero in self._zero.values():
+            if zero.optimizer is raw:
+                return zero
+        raise ValueError(f"{type(raw).__name__} was not passed to prepare(): prepare the model together with it")
+
+    def _engines_in(self, model: nn.Module) -> list[ZeroModel]:
+        """The engines that have parameters of `model`."""
+        ids = {id(p) for p in model.parameters()}
+        return [z for z in self._zero.values() if any(id(p) in ids for p in z.model.parameters())]
+
+    @override
+    def _model_tensors(self, model: nn.Module) -> dict[str, FlatTensor]:
+        sharded = {k: v for zero in self._engines_in(model) for k, v in model_tensors(zero).items()}
+        own = model.state_dict(keep_vars=True)
+        tensors = {n: sharded.get(id(own[n]), tensor) for n, tensor in super()._model_tensors(model).items()}
+        for name in [n for n in tensors if own[n] in self._averages]:
+            average, pieces = self._averages[own[name]], tensors[name].pieces
+            pieces = tuple((offset, average[: len(values)]) for offset, values in pieces)
+            tensors[name] = FlatTensor(tensors[name].shape, average.dtype, pieces)
+        return tensors
+
+    @override
+    def _model_loaded(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter in self._averages:
+                self._part(parameter).copy_(self._averages[parameter])
+        for zero in self._engines_in(model):
+            model_loaded(zero)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        tensors = self._model_tensors(module)
+        tied = aliases(module)
+        return {name: tensors.get(tied.get(name, name), value) for name, value in module.state_dict().items()}
+
+    @override
+    def _optimizer_tensors(
+        self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
+    ) -> dict[str, FlatTensor]:
+        return optimizer_tensors(self._zero_of(optimizer), _names(model), saved)
+
+    @override
+    def _optimizer_scalars(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer_scalars(self._zero_of(optimizer), _names(model))
+
+    @override
+    def _set_optimizer_scalars(self, model: nn.Module, optimizer: Optimizer, scalars: Mapping[str, Any]) -> None:
+        set_optimizer_scalars(self._zero_of(optimizer), _names(model), scalars)
+
+    @override
+    def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+        return optimizer_settings(self._zero_of(optimizer), _names(model))
+
+    @override
+    def _set_optimizer_settings(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        set_optimizer_settings(self._zero_of(optimizer), _names(model), groups)
+
+    @override
+    def _optimizer_loaded(self, model: nn.Module, optimizer: Optimizer) -> None:
+        optimizer_loaded(self._zero_of(optimizer))
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter, as one row."""
+        return parameter.ds_tensor.view(-1) if hasattr(parameter, "ds_tensor") else parameter.detach().view(-1)
+
+
+def _names(model: nn.Module) -> Names:
+    return {id(p): name for name, p in model.named_parameters()}
 
 
 def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
@@ -40,6 +126,7 @@ def model_loaded(zero: ZeroModel) -> None:
     for _, parameter in zero.sharded():  # what was gathered before is out of date
         if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
+        parameter.ds_secondary_tensor = None
     if zero.optimizer is None:
         return
     if zero.stage < 3:
@@ -47,7 +134,6 @@ def model_loaded(zero: ZeroModel) -> None:
         return
     for low, full in zip(zero.zero.fp16_partitioned_groups_flat, zero.zero.fp32_partitioned_groups_flat, strict=True):
         low.data.copy_(full.data)
-    zero.zero.invalidate_secondary_tensor()
 
 
 def optimizer_tensors(zero: ZeroModel, names: Names, saved: Mapping[str, TensorInfo] | None) -> dict[str, FlatTensor]:

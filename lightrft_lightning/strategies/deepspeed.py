@@ -23,10 +23,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightrft_lightning.config import StrategyConfig
-from lightrft_lightning.strategies import _zero_state as zero_state
+from lightrft_lightning.models.streaming import parameters_on_meta
 from lightrft_lightning.strategies._zero import ZeroModel, backward_through, buckets, start_deepspeed
 from lightrft_lightning.strategies._zero_config import (
     LIGHTNING_KEYWORDS,
@@ -35,13 +36,12 @@ from lightrft_lightning.strategies._zero_config import (
     read_overrides,
     zero_config,
 )
+from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
 from lightrft_lightning.strategies._zero_lightning import PRECISIONS, ZeroPrecision, frozen_parts, owners
+from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained
-from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.failures import watch_ranks
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
-from lightrft_lightning.strategies.state import aliases
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -76,7 +76,7 @@ class _LightningDeepSpeed(DeepSpeedStrategy):
         self.accelerator.teardown()
 
 
-class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: ignore[misc]
+class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[misc]
     """DeepSpeed ZeRO: stage 1 shards optimizer state, 2 gradients as well, 3 parameters as well.
 
     Each trained model gets a DeepSpeed engine of its own, each with its own optimizer. The models stay the caller's
@@ -114,8 +114,8 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: igno
                 kwargs.setdefault(ours, kwargs.pop(theirs))
         super().__init__(**kwargs)
         self._timeout = timeout or DEFAULT_TIMEOUT
-        self._zero: WeakKeyDictionary[nn.Module, ZeroModel] = WeakKeyDictionary()
-        self._averages: WeakKeyDictionary[nn.Parameter, Tensor] = WeakKeyDictionary()
+        self._zero, self._averages = WeakKeyDictionary(), WeakIdKeyDictionary()
+        self._streamed: WeakKeyDictionary[nn.Module, Streamed] = WeakKeyDictionary()
         self._names: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
         self._max_norms: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
 
@@ -158,6 +158,8 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: igno
         module = self.lightning_module
         assert module is not None
         self.training_engines = trainer.state.fn == TrainerFn.FITTING
+        for part in frozen_parts(module, ()) if has_meta(module) else ():
+            self._streamed[part] = stream_in(self._deepspeed, part, self._json(part), self.root_device)
         if self.training_engines:
             self.setup_optimizers(trainer)
             self._start_engines(module)
@@ -259,29 +261,65 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: igno
         zero = self._zero.get(model)
         if zero is not None and zero.optimizer is known.optimizer:
             return model
-        evaluating = self.lightning_module is not None and not self.training_engines
-        dtype = torch.float32 if evaluating else self.compute_dtype
+        dtype = self._weights_dtype
         if known.optimizer is None and self.config.zero_stage < 3:
             model.to(self.root_device)
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(dtype)
         else:
-            config = zero_config(
-                self.config, self._overrides, model, dtype=dtype, device=self.root_device, ranks=self.world_size
-            )
-            self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, config)
+            config = self._json(model)
+            before = self._stream_in(model, config)
+            self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, config, before)
             known.engine = zero.engine
         if dtype != torch.float32:
             _cast_inputs(model, dtype)
         return model
 
-    def _zero_of(self, optimizer: Optimizer) -> ZeroModel:
-        raw = getattr(optimizer, "optimizer", optimizer)
-        for zero in self._zero.values():
-            if zero.optimizer is raw:
-                return zero
-        raise ValueError(f"{type(raw).__name__} was not passed to prepare(): prepare the model together with it")
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        evaluating = self.lightning_module is not None and not self.training_engines
+        return torch.float32 if evaluating else self.compute_dtype
+
+    def _json(self, model: nn.Module) -> dict[str, Any]:
+        return zero_config(
+            self.config, self._overrides, model,
+            dtype=self._weights_dtype, device=self.root_device, ranks=self.world_size,
+        )  # fmt: skip
+
+    @override
+    def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Where to build a model.
+
+        Args:
+            meta_init: at stage 3, build without memory for the parameters; `create_optimizer`, `prepare` or the Trainer
+                reads them from the safetensors files of the folder that the model's config came from, one at a time,
+                and each rank keeps its part. At other stages every rank holds the whole model anyway.
+        """
+        return parameters_on_meta() if meta_init and self.config.zero_stage == 3 else contextlib.nullcontext()
+
+    def _stream_in(self, model: nn.Module, config: dict[str, Any]) -> Streamed | None:
+        if has_meta(model):
+            self._streamed[model] = stream_in(self._deepspeed, model, config, self.root_device)
+        return self._streamed.pop(model, None)
+
+    @override
+    def create_optimizer(
+        self,
+        model: nn.Module,
+        *,
+        lr: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        **kwargs: Any,
+    ) -> Optimizer:
+        """As in `StrategyBase`. With ``adam_offload`` DeepSpeed's CPU Adam where there is a GPU and a C++ compiler."""
+        if has_meta(model):
+            self._streamed[model] = stream_in(self._deepspeed, model, self._json(model), self.root_device)
+        optimizer = super().create_optimizer(model, lr=lr, betas=betas, weight_decay=weight_decay, **kwargs)
+        if self.config.adam_offload and self.root_device.type != "cpu":
+            optimizer = self._models[model].optimizer = cpu_adam(self._deepspeed, optimizer)
+        return optimizer
 
     # ---------------------------------------------------------------- one step
 
@@ -359,61 +397,53 @@ class DeepspeedStrategy(DistributedStrategy, _LightningDeepSpeed):  # type: igno
                 for name, parameter in bucket.items():
                     yield name, parameter.detach()
 
-    # ---------------------------------------------------------------- checkpoints
+    @override
+    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                there, here = self._part(average), self._part(parameter)
+                if there.numel() != here.numel():
+                    raise ValueError("moving_average(model, ema): prepare both models with this strategy")
+                if average.dtype != torch.float32:  # a small change would be lost in 16 bits
+                    there = self._averages.setdefault(average, there.float())
+                there.lerp_(here.to(there.dtype), 1 - beta)
+            for copy, buffer in zip(ema.buffers(), model.buffers(), strict=True):
+                copy.copy_(buffer)
+        self._model_loaded(ema)
 
-    def _engines_in(self, model: nn.Module) -> list[ZeroModel]:
-        """The engines that have parameters of `model`."""
-        ids = {id(p) for p in model.parameters()}
-        return [z for z in self._zero.values() if any(id(p) in ids for p in z.model.parameters())]
+    # ---------------------------------------------------------------- memory; on a CPU it is all the same memory
 
     @override
-    def _model_tensors(self, model: nn.Module) -> dict[str, FlatTensor]:
-        sharded = {k: v for zero in self._engines_in(model) for k, v in zero_state.model_tensors(zero).items()}
-        own = model.state_dict(keep_vars=True)
-        return {name: sharded.get(id(own[name]), tensor) for name, tensor in super()._model_tensors(model).items()}
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:
+        self._move_moments(optimizer, torch.device("cpu"))
 
     @override
-    def _model_loaded(self, model: nn.Module) -> None:
-        for zero in self._engines_in(model):
-            zero_state.model_loaded(zero)
+    def maybe_load_optimizer(self, optimizer: Optimizer) -> None:
+        self._move_moments(optimizer, self.root_device)
+
+    def _move_moments(self, optimizer: Optimizer, device: torch.device) -> None:
+        zero = self._zero_of(optimizer)
+        if not self.config.adam_offload:
+            for _, flat, _ in zero.places():
+                for value in zero.optimizer.state.get(flat, {}).values():  # type: ignore[union-attr]
+                    if isinstance(value, Tensor) and value.shape == flat.shape:
+                        value.data = value.data.to(device)
 
     @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        module = self.lightning_module
-        assert module is not None
-        tensors = self._model_tensors(module)
-        tied = aliases(module)
-        return {name: tensors.get(tied.get(name, name), value) for name, value in module.state_dict().items()}
+    def offload_model(self, model: nn.Module) -> None:
+        if self.root_device.type != "cpu":
+            for zero in self._engines_in(model):
+                zero.offload()
+            if not self._engines_in(model):
+                model.to("cpu")
 
     @override
-    def _optimizer_tensors(
-        self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
-    ) -> dict[str, FlatTensor]:
-        return zero_state.optimizer_tensors(self._zero_of(optimizer), _names(model), saved)
-
-    @override
-    def _optimizer_scalars(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        return zero_state.optimizer_scalars(self._zero_of(optimizer), _names(model))
-
-    @override
-    def _set_optimizer_scalars(self, model: nn.Module, optimizer: Optimizer, scalars: Mapping[str, Any]) -> None:
-        zero_state.set_optimizer_scalars(self._zero_of(optimizer), _names(model), scalars)
-
-    @override
-    def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-        return zero_state.optimizer_settings(self._zero_of(optimizer), _names(model))
-
-    @override
-    def _set_optimizer_settings(self, model: nn.Module, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-        zero_state.set_optimizer_settings(self._zero_of(optimizer), _names(model), groups)
-
-    @override
-    def _optimizer_loaded(self, model: nn.Module, optimizer: Optimizer) -> None:
-        zero_state.optimizer_loaded(self._zero_of(optimizer))
-
-
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in model.named_parameters()}
+    def reload_model(self, model: nn.Module) -> None:
+        if self.root_device.type != "cpu":
+            for zero in self._engines_in(model):
+                zero.reload(self.root_device)
+            if not self._engines_in(model):
+                model.to(self.root_device)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,12 @@ def test_hand_written_loop(results, check):
         assert rank[check] == "ok", rank[check]
 
 
+@pytest.mark.parametrize("check", checks_of("deepspeed_options"))
+def test_options(results, check):
+    for rank in results("deepspeed_options"):
+        assert rank[check] == "ok", rank[check]
+
+
 @pytest.mark.parametrize("check", checks_of("deepspeed_trainer"))
 def test_trainer(results, check):
     for rank in results("deepspeed_trainer"):

@@ -137,7 +137,7 @@ class Tied(nn.Module):
 def check_another_model_is_refused_and_nothing_changed():
     for stage in STAGES:
         s = strategy(stage)
-        model, optimizer = s.prepare((m := nn.Linear(4, 3), torch.optim.SGD(m.parameters(), lr=0.1)))
+        model, _ = s.prepare((m := nn.Linear(4, 3), torch.optim.SGD(m.parameters(), lr=0.1)))
         s.save_ckpt(model, FOLDER / "linear", f"small{stage}")
         other, _ = s.prepare((m := nn.Linear(5, 3), torch.optim.SGD(m.parameters(), lr=0.1)))
         before = whole(s, other)
