@@ -28,7 +28,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --quiet --durations=15
+	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

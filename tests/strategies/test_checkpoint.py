@@ -490,7 +490,11 @@ def test_a_foreign_folder_of_that_name_is_not_replaced(tmp_path):
     assert sorted(tmp_path.rglob("*")) == foreign
 
 
-@pytest.mark.parametrize("bad", [threading.Lock(), lambda: 0, Path("x"), {"deep": [object()]}], ids=repr)
+@pytest.mark.parametrize(
+    "bad",
+    [threading.Lock(), lambda: 0, Path("x"), {"deep": [object()]}],
+    ids=["lock", "lambda", "path", "object inside"],
+)
 def test_client_state_that_could_not_be_read_back_is_refused_first(saved, bad):
     before = sorted(saved.rglob("*"))
     run = Run()

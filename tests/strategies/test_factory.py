@@ -267,26 +267,3 @@ def test_names_that_lightning_could_not_find_are_refused(name):
 def test_only_strategies_of_this_interface_are_registered(cls):
     with pytest.raises(TypeError, match="must be a subclass of StrategyBase"):
         register_strategy("test_not_a_strategy", cls)
-
-
-# -------------------------------------------------------------------- not in this release
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "lightrft_fake"])
-def test_unavailable_back_ends_say_so_before_any_work(name, tmp_path):
-    model = torch.nn.Linear(1, 1)
-    strategy, expected = get_strategy(name), "is not available yet in this release; use strategy='lightrft_fake'"
-    uses = [
-        lambda: strategy.setup_distributed(),
-        lambda: strategy.prepare(model),
-        lambda: strategy.create_optimizer(model),
-        lambda: strategy.init_model_context(),
-        lambda: strategy.save_ckpt(model, tmp_path),
-        lambda: strategy.load_ckpt(model, tmp_path),
-        lambda: trainer(tmp_path, strategy=name).fit(Regression()),
-        lambda: trainer(tmp_path, strategy=name, devices=2).fit(Regression()),
-    ]
-    for use in uses:
-        with pytest.raises(RuntimeError, match=expected):
-            use()
-    assert list(tmp_path.iterdir()) == []

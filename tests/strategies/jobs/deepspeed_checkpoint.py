@@ -55,23 +55,23 @@ def load(made, tag):
     torch.distributed.barrier()
 
 
-def check_any_stage_resumes_any_other_and_one_process():
+def check_another_stage_or_one_process_goes_on():
+    """All pairs are in test_any_to_any_distributed.py; here the target has made steps before."""
     strategy(1)  # a process group
     reference = state_of(0)
     expected = steps(reference, range(8))[4:]
     weights = whole(reference[0], reference[1])
-    for source in (0, *STAGES):
+    for source, target in ((0, 3), (3, 2), (2, 1), (1, 3), (3, 0)):
         made = state_of(source)
         steps(made, range(4))
         save(made, f"from{source}")
-        for target in (0, *STAGES):
-            other = state_of(target)
-            steps(other, range(2))  # must leave no trace
-            load(other, f"from{source}")
-            assert other[3].last_epoch == 4 and other[0].optimizer_steps == 4
-            assert steps(other, range(4, 8)) == pytest.approx(expected, rel=1e-5), (source, target)
-            for name, value in whole(other[0], other[1]).items():
-                assert float((value - weights[name]).norm() / weights[name].norm()) < 1e-5, (source, target, name)
+        other = state_of(target)
+        steps(other, range(2))  # must leave no trace
+        load(other, f"from{source}")
+        assert other[3].last_epoch == 4 and other[0].optimizer_steps == 4
+        assert steps(other, range(4, 8)) == pytest.approx(expected, rel=1e-5), (source, target)
+        for name, value in whole(other[0], other[1]).items():
+            assert float((value - weights[name]).norm() / weights[name].norm()) < 1e-5, (source, target, name)
 
 
 def check_the_same_stage_goes_on_bit_for_bit():

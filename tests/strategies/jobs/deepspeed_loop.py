@@ -75,23 +75,23 @@ def same(left, right, tolerance=1e-6, **more):
 
 
 def check_actor_and_critic_as_in_one_process():
-    """20 steps: two passes of unequal length each, clipping, two learning rates, schedulers, a reference."""
+    """Two passes of unequal length a step, clipping, two learning rates, schedulers, a reference."""
     one = FakeStrategy(train_batch_size=8, micro_train_batch_size=4, max_norm=0.3)
-    expected = run(one)
+    expected = run(one, steps=8)
     for stage in STAGES:
         s = strategy(stage, train_batch_size=8, micro_train_batch_size=2, max_norm=0.3)
-        result = run(s)
+        result = run(s, steps=8)
         for key in ("losses", "norms"):
             for a, b in zip(result[key], expected[key], strict=True):
                 assert a == pytest.approx(b, rel=1e-5), (stage, key)
         assert min(result["norms"]) > 0.3 and result["rates"] == expected["rates"]
-        assert s.optimizer_steps == 40 and set(s.grad_norms) == {"actor", "critic"}
+        assert s.optimizer_steps == 16 and set(s.grad_norms) == {"actor", "critic"}
         for name, value in expected["weights"].items():
             a, b = result["weights"][name], value
             assert float((a - b).norm() / b.norm()) < 1e-5, (stage, name)
 
 
-def run(s):
+def run(s, steps):
     models = {"actor": llama(), "critic": Critic()}
     rates = {"actor": 1e-3, "critic": 3e-4}
     optimizers = {k: s.create_optimizer(m, lr=rates[k], weight_decay=0.01) for k, m in models.items()}
@@ -102,7 +102,7 @@ def run(s):
     assert all(m is models[k] and o is optimizers[k] for k, (m, o, _) in zip(models, triples, strict=True))
     generator = torch.Generator().manual_seed(0)
     result = {"losses": [], "norms": [], "rates": []}
-    for step in range(20):
+    for step in range(steps):
         for part in range(2):
             ids = torch.randint(3, 16, (4, 6 + (step + 5 * part) % 7), generator=generator)
             mine = ids[s.get_rank() :: s.world_size]

@@ -97,17 +97,18 @@ class Scheduled(Plain):
 
 
 def check_plain_modules_with_accumulation_and_clipping():
-    for settings in ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}, {"accumulate_grad_batches": 3}):
-        for make in (Plain, TwoParts, Scheduled):
-            expected, reference = alone(make(), **settings)
-            for stage in STAGES:
-                t, module = trainer(stage, **settings), make()
-                t.fit(module, data(), data())
-                same(whole(t, module), reference)
-                assert t.global_step == expected.global_step
-                assert float(t.callback_metrics["val"]) == pytest.approx(
-                    float(expected.callback_metrics["val"]), rel=1e-5
-                )
+    for make, settings in (
+        (Plain, {}),
+        (TwoParts, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+        (Scheduled, {"accumulate_grad_batches": 3}),
+    ):
+        expected, reference = alone(make(), **settings)
+        for stage in STAGES:
+            t, module = trainer(stage, **settings), make()
+            t.fit(module, data(), data())
+            same(whole(t, module), reference)
+            assert t.global_step == expected.global_step
+            assert float(t.callback_metrics["val"]) == pytest.approx(float(expected.callback_metrics["val"]), rel=1e-5)
 
 
 def check_manual_optimization_as_lightning_has_it():
