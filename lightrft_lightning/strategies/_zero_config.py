@@ -173,6 +173,9 @@ def zero_config(
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": 2 * bucket,
     }
+    if config.zero_stage < 3:
+        # Each rank gets the sum of its own part only; DeepSpeed's default sends half as much again.
+        zero["use_multi_rank_bucket_allreduce"] = False
     if config.zpg > 1:
         zero["zero_hpz_partition_size"] = config.zpg
     if config.adam_offload:
