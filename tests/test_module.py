@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from pathlib import Path
@@ -265,7 +266,8 @@ def test_lightning_callbacks_work(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=callbacks, max_epochs=9, logger=CSVLogger(tmp_path))
     trainer.fit(make_module(lr_schedule="linear", warmup_ratio=0.1), make_data())
     assert trainer.current_epoch == 2  # nothing beats a minimal improvement of a million
-    assert Path(callbacks[0].best_model_path).joinpath("manifest.json").is_file()
+    manifest = json.loads(Path(callbacks[0].best_model_path, "manifest.json").read_text())
+    assert manifest["data"] == [{"epoch": manifest["step"] // 4, "consumed_samples": 0}]
     trainer.logger.save()
     table = (Path(trainer.logger.log_dir) / "metrics.csv").read_text()
     assert "lr-AdamW" in table.splitlines()[0]

@@ -88,7 +88,7 @@ class Checkpoints:
             max_mem: and until the folder is under so many GB. The new one is never removed, nor is any file or
                 folder that this package did not write.
             client_state: the caller's own state: plain containers, numbers, strings and tensors. That of rank 0 is
-                saved.
+                saved. As in LightRFT, ``consumed_samples`` is the place in the data.
             save_latest: let ``latest`` name this checkpoint.
             optimizer: default: the one known from `create_optimizer` or `prepare`.
             scheduler: likewise.
@@ -231,7 +231,8 @@ class Checkpoints:
             tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
             scalars = self._optimizer_scalars(model, optimizer)
             shared["optimizer"] = {"scalars": scalars, "groups": self._optimizer_settings(model, optimizer)}
-        return Content(tensors, shared, {"rng": rng_state()}, self._header(model, self.optimizer_steps))
+        header = {**self._header(model, self.optimizer_steps), "data": client.get("consumed_samples")}
+        return Content(tensors, shared, {"rng": rng_state()}, header)
 
     # ---------------------------------------------------------------- Lightning's form
 
@@ -276,6 +277,7 @@ class Checkpoints:
             tied = state.aliases(module)
             rest, tensors = trainer_state.take_apart(with_ours, tied)
             header = {**self._header(module, checkpoint.get("global_step", 0)), "tied": tied}
+            header["data"] = trainer_state.data_position(checkpoint)
             return Content(tensors, {"trainer": rest}, {"rng": rng_state()}, header, safe_only=False)
 
         path = _local(filepath)

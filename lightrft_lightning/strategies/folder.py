@@ -2,7 +2,8 @@
 
 Layout of one checkpoint::
 
-    <tag>/manifest.json         versions, strategy, world size, step, shapes, size and CRC-32 of every other file
+    <tag>/manifest.json         versions, strategy, world size, step, data position, shapes, size and CRC-32 of every
+                                other file
     <tag>/state.pt              what is not a tensor: schedulers, hyperparameters, the caller's own state
     <tag>/rank_<n>.pt           what each rank has of its own: its random state
     <tag>/.metadata, *.distcp   model and optimizer tensors (torch.distributed.checkpoint)

@@ -118,6 +118,17 @@ def by_name(saved: Mapping[str, Any], settings: list[dict[str, Any]]) -> dict[st
     return {"state": StoredState(values=values), "param_groups": named}
 
 
+def data_position(checkpoint: Mapping[str, Any]) -> list[Any]:
+    """For the manifest: epoch and consumed samples of each training data loader that can say so."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    loaders: list[Any] = fit_loop.get("state_dict", {}).get("combined_loader", [])
+    return [state if isinstance(state, dict) and _is_plain(state) else None for state in loaders]
+
+
+def _is_plain(state: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, int | float | str) for value in state.values())
+
+
 # -------------------------------------------------------------------- reading
 
 

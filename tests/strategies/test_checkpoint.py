@@ -475,10 +475,11 @@ def test_same_tag_twice_replaces(tmp_path):
     run = Run()
     for n in (1, 2):
         run.train(1)
-        run.strategy.save_ckpt(run.model, tmp_path, tag="same", client_state={"n": n})
+        path = run.strategy.save_ckpt(run.model, tmp_path, tag="same", client_state={"n": n, "consumed_samples": 8 * n})
+        assert folder.manifest_of(Path(path))["data"] == 8 * n
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "same"]
     other = Run(seed=1)
-    assert other.strategy.load_ckpt(other.model, tmp_path)[1] == {"n": 2}
+    assert other.strategy.load_ckpt(other.model, tmp_path)[1] == {"n": 2, "consumed_samples": 16}
     assert equal(other.state(), run.state())
 
 
