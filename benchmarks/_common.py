@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "lightning", "transformers", "trl", "peft")
+_PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "trl", "peft")
 
 
 def machine_info() -> dict[str, Any]:

@@ -67,7 +67,7 @@ def sequences(step: int) -> list[Tensor]:
 
 
 def returns(rows: list[Tensor]) -> Tensor:
-    """What the critic is to predict for each sequence: between -1 and 1, and too irregular to be learned in a few steps.
+    """What the critic is to predict for each sequence: between -1 and 1, too irregular to be learned in a few steps.
 
     A critic that fits has gradients that nearly cancel, and rounding in what is left of them.
     """

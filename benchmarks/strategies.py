@@ -2,14 +2,14 @@
 
 Each sharded strategy runs in two processes, in fp32, on a Llama of random weights. In the same processes, step by step
 in turn, runs the same training on plain `fully_shard` or plain `deepspeed.initialize`; the overhead is the ratio of the
-medians. Memory is the growth of the process from before the model is built, in runs of their own. Bytes are what a ring
-algorithm sends for each collective that was called; the minimum is 2 (n-1)/n of the parameters' bytes for ZeRO-1
+medians. Memory is the peak growth of the process from before the model is built, in runs of their own. Bytes are what
+a ring algorithm sends for each collective that was called; the minimum is 2 (n-1)/n of the parameters' bytes for ZeRO-1
 and 2, and 3 (n-1)/n for ZeRO-3 and FSDP2, which gather the parameters twice.
 
-    python benchmarks/strategies.py [--rounds 30] [--width 512] [--device cuda]
+    python benchmarks/strategies.py [--rounds 30] [--shape small] [--device cuda]
 
-With ``--device cuda`` it runs on one GPU in one process (ZeRO and FSDP2 at world size 1), and measures the memory that
-offloading gives back.
+With ``--device cuda`` it runs on one GPU in one process (ZeRO and FSDP2 at world size 1), by default in the shape of a
+model of 0.5 billion parameters, and measures the memory that offloading gives back.
 """
 
 from __future__ import annotations
@@ -40,16 +40,27 @@ NAMES = (
     "lightrft_deepspeed_stage_2",
     "lightrft_deepspeed_stage_3",
 )
-LAYERS, TOKENS, ROWS = 4, 64, 4
+SHAPES = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "vocab_size": 32},
+    "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
+              "num_key_value_heads": 8, "vocab_size": 1024},
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
+}  # fmt: skip
+"""Of the models; the largest is that of Qwen2.5-0.5B."""
+
+TOKENS, ROWS = 64, 4
 
 
 # ------------------------------------------------------------------------------------------------- what is compared
 
 
-def build(width: int) -> nn.Module:
-    from lightrft_lightning.models.tiny import tiny_llama
+def build(shape: str) -> nn.Module:
+    import transformers
 
-    return tiny_llama(seed=0, width=width, layers=LAYERS, heads=8)
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape]))
 
 
 def started(name: str, device: str) -> Any:
@@ -62,8 +73,8 @@ def started(name: str, device: str) -> Any:
     return strategy
 
 
-def ours(strategy: Any, width: int) -> tuple[nn.Module, Any, Callable[[torch.Tensor], None]]:
-    model = build(width)
+def ours(strategy: Any, shape: str) -> tuple[nn.Module, Any, Callable[[torch.Tensor], None]]:
+    model = build(shape)
     model, optimizer = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-4)))
 
     def step(ids: torch.Tensor) -> None:
@@ -73,8 +84,8 @@ def ours(strategy: Any, width: int) -> tuple[nn.Module, Any, Callable[[torch.Ten
     return model, optimizer, step
 
 
-def plain(name: str, width: int, device: str) -> Callable[[torch.Tensor], None]:
-    model = build(width)
+def plain(name: str, shape: str, device: str) -> Callable[[torch.Tensor], None]:
+    model = build(shape)
     if name == "lightrft_fake":
         return _plain_loop(model.to(device))
     if name == "lightrft_fsdp":
@@ -162,15 +173,15 @@ def seconds(step: Callable[[torch.Tensor], None], ids: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def time_main(name: str, width: int, rounds: int, device: str, plain_first: bool) -> dict[str, Any]:
+def time_main(name: str, shape: str, rounds: int, device: str, plain_first: bool) -> dict[str, Any]:
     """Seconds of both, in turn; bytes of one step of ours.
 
     What is built first lies better in memory, by one or two per cent: hence `plain_first` both ways.
     """
     strategy = started(name, device)
-    reference = plain(name, width, device) if plain_first else None
-    model, _, step = ours(strategy, width)
-    reference = reference or plain(name, width, device)
+    reference = plain(name, shape, device) if plain_first else None
+    model, _, step = ours(strategy, shape)
+    reference = reference or plain(name, shape, device)
     ids = torch.randint(3, 16, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     for _ in range(3):
         step(ids), reference(ids)
@@ -191,18 +202,18 @@ def time_main(name: str, width: int, rounds: int, device: str, plain_first: bool
     }
 
 
-def memory_main(name: str, width: int, device: str) -> dict[str, Any]:
+def memory_main(name: str, shape: str, device: str) -> dict[str, Any]:
     """Peak growth of the process (or the device) over three steps, and what offloading gives back on a GPU."""
     strategy = started(name, device)
-    before = resident() if device == "cpu" else 0
-    model, optimizer, step = ours(strategy, width)
+    _, _, step = ours(strategy, "tiny")  # imports, and buffers of the process group
+    step(torch.randint(3, 16, (ROWS, TOKENS)).to(device))
+    before = reset_peak() if device == "cpu" else 0
+    model, optimizer, step = ours(strategy, shape)
     ids = torch.randint(3, 16, (ROWS, TOKENS)).to(device)
-    peak = 0
     for _ in range(3):
         step(ids)
-        peak = max(peak, resident() - before)
     if device == "cpu":
-        return {"peak": peak}
+        return {"peak": peak_resident() - before}
     held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     strategy.maybe_offload_optimizer(optimizer)
     strategy.offload_model(model)
@@ -210,8 +221,15 @@ def memory_main(name: str, width: int, device: str) -> dict[str, Any]:
     return {"peak": peak, "given_back": 1 - torch.cuda.memory_allocated() / held}
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def reset_peak() -> int:
+    """Memory of this process now; `peak_resident` counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- the runs
@@ -224,7 +242,7 @@ def run(name: str, mode: str, args: argparse.Namespace) -> dict[str, Any]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         listener.close()
-        command = [sys.executable, __file__, "--mode", mode, "--name", name, "--width", str(args.width)]
+        command = [sys.executable, __file__, "--mode", mode, "--name", name, "--shape", args.shape]
         command += ["--rounds", str(args.rounds), "--device", args.device, "--output", output.name]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
@@ -267,22 +285,23 @@ def row_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="steps of each that are timed")
-    parser.add_argument("--width", type=int, default=512, help="hidden size; 512 makes 11 million parameters")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of the model; default: small on a CPU, 0.5B on a GPU")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--out", type=Path, help="JSON file; default: in benchmarks/results")
     for hidden in ("--mode", "--name", "--output"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.shape = args.shape or {"cpu": "small", "cuda": "0.5B"}[args.device]
     if args.mode is None:
-        settings = {"width": args.width, "layers": LAYERS, "tokens a rank": ROWS * TOKENS, "rounds": args.rounds}
+        settings = {"shape": args.shape, "tokens a rank": ROWS * TOKENS, "rounds": args.rounds}
         report("strategies", [row_of(n, args) for n in args.only], {**settings, "device": args.device}, args.out)
         return
     torch.set_num_threads(1)
     measured = (
-        time_main(args.name, args.width, args.rounds, args.device, args.mode == "time-plain-first")
+        time_main(args.name, args.shape, args.rounds, args.device, args.mode == "time-plain-first")
         if args.mode.startswith("time")
-        else memory_main(args.name, args.width, args.device)
+        else memory_main(args.name, args.shape, args.device)
     )
     if os.environ.get("RANK", "0") == "0":
         Path(args.output).write_text(json.dumps(measured))
