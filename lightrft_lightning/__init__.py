@@ -4,6 +4,7 @@ Importing this package registers its strategies with Lightning: ``Trainer(strate
 """
 
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.engines.base import RolloutEngine
@@ -12,7 +13,6 @@ from lightrft_lightning.experience.trajectory import Completion, Prompt, Samplin
 from lightrft_lightning.module import RLHFModule
 from lightrft_lightning.rewards import Rewards
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.checkpoint import CheckpointError
 from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 from lightrft_lightning.strategies.factory import (
     available_strategies,

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning.strategies import folder, foreign, store
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.folder import TEMPORARY, CheckpointError, Place
-from lightrft_lightning.strategies.foreign import HuggingFaceFolder, OwnFolder, Source
+from lightrft_lightning.checkpoints import folder, foreign, store
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.folder import TEMPORARY, CheckpointError, Place
+from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one safetensors file, unless a single tensor is larger."""

@@ -21,6 +21,8 @@ from lightrft_lightning import algorithms
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.checkpoints.state import set_rng_state
+from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Prompt, SamplingParams, Trajectory
 from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
@@ -28,8 +30,6 @@ from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.checkpoint import set_rng_state
-from lightrft_lightning.strategies.trainer_state import load_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

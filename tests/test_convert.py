@@ -252,7 +252,7 @@ def test_command_line(tmp_path, capsys):
 MEMORY = """
 import sys, threading, time, torch, transformers, safetensors.torch
 from lightrft_lightning.convert import convert
-from lightrft_lightning.strategies import store
+from lightrft_lightning.checkpoints import store
 torch.set_num_threads(1)
 transformers.AutoModelForCausalLM, transformers.AutoConfig
 store.FILE_BYTES = int(sys.argv[5])

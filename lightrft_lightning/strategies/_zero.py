@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ def start_deepspeed(device: torch.device, local_rank: int, timeout: timedelta | 
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed = import_extra("deepspeed", "deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    for call in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # of DeepSpeed's; nobody else can change them
+        warnings.filterwarnings("ignore", message=f"`torch.distributed.{call}` is deprecated", category=FutureWarning)
     kind = deepspeed.get_accelerator().device_name()
     if kind != device.type:
         raise RuntimeError(

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.state import _IMPLEMENTATION, aliases
 from lightrft_lightning.strategies._zero import Piece, Place, ZeroModel
 from lightrft_lightning.strategies.distributed import DistributedStrategy
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.state import _IMPLEMENTATION, aliases
 
 Names = Mapping[int, str]
 """The name of each parameter in the checkpoint, by its id."""

@@ -22,20 +22,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightrft_lightning.checkpoints import folder, state, store, trainer_state
+from lightrft_lightning.checkpoints.background import Background
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.folder import CheckpointError, Place
+from lightrft_lightning.checkpoints.foreign import ForeignState, Source, open_foreign
+from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
+from lightrft_lightning.checkpoints.store import Content, Ranks, Stored, StoredState
 from lightrft_lightning.config import StrategyConfig
-from lightrft_lightning.strategies import folder, state, store, trainer_state
-from lightrft_lightning.strategies.background import Background
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.folder import CheckpointError, Place
-from lightrft_lightning.strategies.foreign import ForeignState, Source, open_foreign
-from lightrft_lightning.strategies.state import rng_state, set_rng_state
-from lightrft_lightning.strategies.store import Content, Ranks, Stored, StoredState
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.fabric.plugins import CheckpointIO
-
-__all__ = ["CheckpointError", "Checkpoints", "FlatTensor", "TensorInfo", "rng_state", "set_rng_state"]
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained
-from lightrft_lightning.strategies.checkpoint import FlatTensor, TensorInfo
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
-from lightrft_lightning.strategies import folder, store
+from lightrft_lightning.checkpoints import folder, store
 
 
 class Run:

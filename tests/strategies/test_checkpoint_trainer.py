@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
+from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
-from lightrft_lightning.strategies import folder, store
-from lightrft_lightning.strategies.trainer_state import load_module
 
 
 class Module(pl.LightningModule):

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightrft_lightning import CheckpointError, FakeStrategy
-from lightrft_lightning.strategies import folder
+from lightrft_lightning.checkpoints import folder
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 
 torch.set_num_threads(1)

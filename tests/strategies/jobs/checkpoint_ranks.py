@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy, FSDPV2Strategy
-from lightrft_lightning.strategies import folder, state, store
+from lightrft_lightning.checkpoints import folder, state, store
+from lightrft_lightning.checkpoints.flat import FlatTensor
 from lightrft_lightning.strategies.distributed import DistributedStrategy
-from lightrft_lightning.strategies.flat import FlatTensor
 
 FOLDER = Path(sys.argv[1])
 if __name__ == "__main__":

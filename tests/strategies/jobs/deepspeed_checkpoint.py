@@ -14,7 +14,7 @@ from deepspeed_trainer import Pair, Plain, Scheduled, data, trainer
 from torch import nn
 
 from lightrft_lightning import FakeStrategy
-from lightrft_lightning.strategies.folder import CheckpointError
+from lightrft_lightning.checkpoints.folder import CheckpointError
 
 FOLDER = Path(sys.argv[1])
 IDS = torch.arange(3, 13)[None]

@@ -16,10 +16,10 @@ from lightning.pytorch.core.saving import _load_state
 from torch import Tensor
 from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
 
-from lightrft_lightning.strategies import folder, store
-from lightrft_lightning.strategies.flat import FlatTensor
-from lightrft_lightning.strategies.folder import CheckpointError
-from lightrft_lightning.strategies.store import Ranks, Stored, StoredState
+from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints.flat import FlatTensor
+from lightrft_lightning.checkpoints.folder import CheckpointError
+from lightrft_lightning.checkpoints.store import Ranks, Stored, StoredState
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from lightrft_lightning.strategies import folder
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.folder import CheckpointError, Place
+from lightrft_lightning.checkpoints import folder
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.folder import CheckpointError
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.folder import CheckpointError
 
 _IMPLEMENTATION = {
     "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "bias_correction",

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.folder import CheckpointError
+from lightrft_lightning.checkpoints.store import Stored, StoredState
 from lightrft_lightning.models.streaming import safetensors_files
-from lightrft_lightning.strategies import folder, store
-from lightrft_lightning.strategies.flat import FlatTensor, TensorInfo
-from lightrft_lightning.strategies.folder import CheckpointError
-from lightrft_lightning.strategies.store import Stored, StoredState
 
 
 class Source:
