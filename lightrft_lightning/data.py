@@ -6,6 +6,7 @@ import json
 import logging
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -461,6 +462,9 @@ class PromptDataModule(pl.LightningDataModule):
     ) -> ResumableDataLoader:
         # Not world size and rank: under tensor parallelism several ranks see the same data.
         share = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        if not drop_last:  # the sampler would repeat some, which nobody could tell from the others
+            missing = -len(prompts) % share.get("num_replicas", 1)
+            prompts = prompts + [replace(prompts[k % len(prompts)], filler=True) for k in range(missing)]
         return make_dataloader(
             prompts,
             batch_size,

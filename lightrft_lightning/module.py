@@ -175,6 +175,7 @@ class RLHFModule(pl.LightningModule):
             )
             for group, prompt, drawn in zip(groups, prompts, completions, strict=True)
             for completion in drawn
+            if not prompt.filler
         ]
         return self.last_trajectories
 

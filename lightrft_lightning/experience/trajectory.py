@@ -17,11 +17,13 @@ class Prompt:
         token_ids: ids of the rendered prompt (chat template applied), the only form the engine and the trainer see.
         text: the same as text, for rewards, logs and sample tables.
         fields: all other columns of the row (e.g. ``answer``), handed to the reward functions by name.
+        filler: repeats another prompt so that all ranks have equally many; its completions do not count.
     """
 
     token_ids: tuple[int, ...]
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    filler: bool = False
 
 
 @dataclass(frozen=True)
