@@ -18,8 +18,6 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
 
 def owners(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[nn.Module]:
     """For each optimizer the smallest submodule that holds all of its parameters; `module` itself if no other does.
@@ -90,7 +88,7 @@ class ZeroPrecision(Precision):
     """What Lightning asks its precision plugin for, passed on to the strategy's engines.
 
     Args:
-        precision: one of `PRECISIONS`.
+        precision: one of `distributed.PRECISIONS`.
         strategy: the strategy.
     """
 

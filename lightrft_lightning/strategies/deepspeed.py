@@ -37,7 +37,7 @@ from lightrft_lightning.strategies._zero_config import (
     zero_config,
 )
 from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
-from lightrft_lightning.strategies._zero_lightning import PRECISIONS, ZeroPrecision, frozen_parts, owners
+from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.failures import watch_ranks
@@ -135,13 +135,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
 
     @override
     def setup_environment(self) -> None:
-        precision = str(self.precision_plugin.precision)
-        if precision not in PRECISIONS:
-            raise MisconfigurationException(
-                f"Trainer(precision={precision!r}): {self.strategy_name} keeps fp32 weights and computes in "
-                f"{', '.join(PRECISIONS)}; choose one of these"
-            )
-        self.precision_plugin = ZeroPrecision(precision, self)
+        self.precision_plugin = ZeroPrecision(self._checked_precision(), self)
         assert self.accelerator is not None and self.cluster_environment is not None
         self.accelerator.setup_device(self.root_device)
         reset_seed()
@@ -215,35 +209,19 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         """Lightning's call form: step the engine of `optimizer`."""
         self._step(self._zero_of(optimizer), optimizer, self._names[optimizer], 1.0, self._max_norms.pop(optimizer, 0))
 
-    def _redirected(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    @override
+    def _call_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a step of the module, through its own forward pass where that is what an engine has hooks on."""
         module = self.lightning_module
         assert module is not None
         if module not in self._zero:
-            return getattr(module, name)(*args, **kwargs)
+            return super()._call_step(name, *args, **kwargs)
         return self._forward_redirection(module, module, name, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.train_step_context():
-            return self._redirected("training_step", *args, **kwargs)
-
-    # With NCCL Lightning evaluates in inference mode, whose tensors ZeRO-3 would keep as parameters.
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.val_step_context():
-            return self._redirected("validation_step", *args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.test_step_context():
-            return self._redirected("test_step", *args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.predict_step_context():
-            return self._redirected("predict_step", *args, **kwargs)
+            return self._call_step("training_step", *args, **kwargs)
 
     @property
     @override

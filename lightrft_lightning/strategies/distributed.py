@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -19,6 +20,9 @@ from lightrft_lightning.models.export import hugging_face_part, save_pretrained,
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, start_process_group
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Of a `Trainer`, that the sharded back ends carry out."""
 
 _OPERATIONS = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -127,6 +131,38 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
     def num_processes(self) -> int:
         """Processes on this machine."""
         return len(self._parallel_devices or [])
+
+    def _checked_precision(self) -> str:
+        """The Trainer's precision. Lightning compares it with a list for strategy objects only, not for names."""
+        precision = str(self.precision_plugin.precision)
+        if precision not in PRECISIONS:
+            raise MisconfigurationException(
+                f"Trainer(precision={precision!r}): {self.strategy_name} keeps fp32 weights and computes in "
+                f"{', '.join(PRECISIONS)}; choose one of these"
+            )
+        return precision
+
+    # ---------------------------------------------------------------- evaluation in a Trainer
+
+    # With NCCL Lightning evaluates in inference mode, whose tensors cannot become parameters that are trained later.
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.val_step_context():
+            return self._call_step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.test_step_context():
+            return self._call_step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), self.precision_plugin.predict_step_context():
+            return self._call_step("predict_step", *args, **kwargs)
+
+    def _call_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.lightning_module, name)(*args, **kwargs)
 
     # ---------------------------------------------------------------- export
 

@@ -42,8 +42,6 @@ from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-
 
 class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     """FSDP2: `fully_shard` for any model, block by block, without sharding code in it.
@@ -104,7 +102,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        self._check_precision()
+        self._checked_precision()
         # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
         self._setup_distributed()
         watch_ranks(self._timeout or DEFAULT_TIMEOUT)
@@ -113,17 +111,14 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # for a `configure_model` that shards by itself
 
-    def _check_precision(self) -> None:
-        precision = str(self.precision_plugin.precision)
-        if precision not in PRECISIONS:
-            raise MisconfigurationException(
-                f"Trainer(precision={precision!r}): {self.strategy_name} keeps fp32 weights and computes in "
-                f"{', '.join(PRECISIONS)}; choose one of these"
-            )
+    @override
+    def _checked_precision(self) -> str:
+        precision = super()._checked_precision()
         if isinstance(self.precision_plugin, MixedPrecision):
             # FSDP2 casts by itself; autocast on top of it would cast every weight a second time.
             plugin = _PolicyPrecision(precision, self.precision_plugin.device, self.precision_plugin.scaler)  # type: ignore[arg-type]
             self.precision_plugin = plugin
+        return precision
 
     def _make_mesh(self) -> None:
         world, group = self.world_size, self.config.zpg
@@ -168,23 +163,6 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-
-    # With NCCL Lightning evaluates in inference mode, whose tensors FSDP2's bookkeeping cannot take.
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return super().test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            return super().predict_step(*args, **kwargs)
 
     # ---------------------------------------------------------------- sharding
 

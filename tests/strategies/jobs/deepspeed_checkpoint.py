@@ -9,9 +9,10 @@ from pathlib import Path
 import checks
 import pytest
 import torch
-from deepspeed_loop import STAGES, llama, loss_of, strategy, trained, whole
+from deepspeed_loop import STAGES, strategy, whole
 from deepspeed_trainer import Pair, Plain, Scheduled, data, trainer
 from torch import nn
+from toys import llama, loss_of, trained
 
 from lightrft_lightning import FakeStrategy
 from lightrft_lightning.checkpoints.folder import CheckpointError

@@ -11,17 +11,17 @@ import checks
 import pytest
 import torch
 from torch import nn
+from toys import IDS, llama, loss_of, same, trained
 
 from lightrft_lightning import DeepspeedStrategy, FakeStrategy
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.loading import load_model
 from lightrft_lightning.models.logprobs import completion_logprobs
-from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+from lightrft_lightning.models.tiny import char_tokenizer
 
 FOLDER = Path(sys.argv[1])
 DEADLINE = timedelta(seconds=60)
-IDS = torch.arange(3, 13)[None]
 STAGES = (1, 2, 3)
 
 
@@ -32,10 +32,6 @@ def strategy(stage, shard_all=True, **settings):
     made = DeepspeedStrategy(zero_stage=stage, **settings)
     made.setup_distributed(DEADLINE)
     return made
-
-
-def llama(seed=0):
-    return tiny_llama(seed=seed, width=32, layers=2)
 
 
 class Critic(nn.Module):
@@ -52,26 +48,12 @@ class Critic(nn.Module):
         return self.head(self.backbone(ids).last_hidden_state).squeeze(-1)
 
 
-def trained(s, model=None, lr=1e-2, **settings):
-    model = llama() if model is None else model
-    return s.prepare((model, s.create_optimizer(model, lr=lr, **settings)))
-
-
-def loss_of(model, ids=IDS):
-    logits = model(input_ids=ids).logits.float()
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
 def value_loss(critic, ids):
     return ((critic(ids) - ids / 16) ** 2).mean()
 
 
 def whole(s, model):
     return {name: tensor.clone() for name, tensor in s.named_full_tensors(model)}
-
-
-def same(left, right, tolerance=1e-6, **more):
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance, **more)
 
 
 def check_actor_and_critic_as_in_one_process():

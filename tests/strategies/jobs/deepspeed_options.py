@@ -9,8 +9,9 @@ import checks
 import peft
 import pytest
 import torch
-from deepspeed_loop import IDS, STAGES, Critic, flushes, llama, loss_of, run, same, strategy, trained, whole
+from deepspeed_loop import STAGES, Critic, flushes, run, strategy, whole
 from torch import nn
+from toys import IDS, llama, loss_of, same, trained
 
 from lightrft_lightning import FakeStrategy
 from lightrft_lightning.models.loading import load_model

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import checks
-import lightning.pytorch as pl
+import fsdp_trainer
 import pytest
 import torch
-from fsdp_trainer import ActorCritic, Loose, Plain, data, nothing_on_rank_1
+from fsdp_trainer import ActorCritic, Loose, Plain, alone, data, nothing_on_rank_1, whole
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -21,26 +21,9 @@ SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
 def trainer(strategy, devices=2, **settings):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    defaults = {"accelerator": "cpu", "max_epochs": 2, "enable_model_summary": False}
     if isinstance(strategy, int):
         strategy = DeepspeedStrategy(zero_stage=strategy, deepspeed_config=SHARD_ALL)
-    return pl.Trainer(strategy=strategy, devices=devices, **{**defaults, **quiet, **settings})
-
-
-def whole(t, module):
-    return {name: tensor.clone() for name, tensor in t.strategy.named_full_tensors(module)}
-
-
-def alone(module, **settings):
-    """The same training in one process."""
-    ranks = {k: os.environ.pop(k) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
-    try:
-        t = trainer("lightrft_fake", 1, **settings)
-        t.fit(module, data(8), data(8))
-    finally:
-        os.environ.update(ranks)
-    return t, {name: p.detach() for name, p in module.named_parameters()}
+    return fsdp_trainer.trainer(strategy, devices, **settings)
 
 
 def same(left, right):

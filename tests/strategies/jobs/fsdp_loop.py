@@ -17,39 +17,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from toys import IDS, llama, loss_of, same, trained
 
 from lightrft_lightning import FakeStrategy, FSDPV2Strategy
 from lightrft_lightning.models import streaming
 from lightrft_lightning.models.loading import load_model
-from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+from lightrft_lightning.models.tiny import char_tokenizer
 
 FOLDER = Path(sys.argv[1])
 DEADLINE = timedelta(seconds=30)
-IDS = torch.arange(3, 13)[None]
 
 
 def strategy(**settings):
     made = FSDPV2Strategy(**settings)
     made.setup_distributed(DEADLINE)
     return made
-
-
-def llama(seed=0):
-    return tiny_llama(seed=seed, width=32, layers=2)
-
-
-def trained(s, model=None, lr=1e-2, **settings):
-    model = llama() if model is None else model
-    return s.prepare((model, s.create_optimizer(model, lr=lr, **settings)))
-
-
-def loss_of(model, ids=IDS):
-    logits = model(input_ids=ids).logits.float()
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def same(left, right, tolerance=1e-6):
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
 
 
 def check_every_parameter_is_sharded_block_by_block():

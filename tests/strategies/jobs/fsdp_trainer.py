@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import checks
@@ -97,15 +98,22 @@ def whole(t, module):
     return {name: tensor.clone() for name, tensor in t.strategy.named_full_tensors(module)}
 
 
-def alone(module, **settings):
-    """The same training in one process."""
+@contextmanager
+def one_process():
+    """No launcher, as far as can be seen inside."""
     ranks = {k: os.environ.pop(k) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
     try:
-        t = trainer("lightrft_fake", 1, **settings)
-        t.fit(module, data(8), data(8))
+        yield
     finally:
         os.environ.update(ranks)
-    return t, dict(module.named_parameters())
+
+
+def alone(module, **settings):
+    """The same training in one process."""
+    with one_process():
+        t = trainer("lightrft_fake", 1, **settings)
+        t.fit(module, data(8), data(8))
+    return t, {name: p.detach() for name, p in module.named_parameters()}
 
 
 def check_plain_module_with_accumulation_and_clipping():
@@ -210,6 +218,32 @@ def check_a_rank_without_samples_keeps_the_others_company():
     assert t.global_step == 4 and float(t.callback_metrics["train/failed_rewards"]) == 16
     values = t.strategy.gather_objects({k: float(v) for k, v in t.callback_metrics.items() if "time/" not in k})
     assert values[0] == values[1]
+
+
+def check_evaluation_counts_each_prompt_once():
+    rows = [{"prompt": f"{a}+1=", "answer": str(a)} for a in range(5)]
+    found = []
+    for ranks, batch_size in ((2, 2), (2, 1), (1, 4)):
+        module = RLHFModule(
+            tiny_llama(seed=0, width=32, layers=2), lambda completion, answer: len(completion) + float(answer),
+            tokenizer=char_tokenizer(), val_sampling=SamplingParams(n=1, max_new_tokens=6, temperature=0), seed=1,
+        )  # fmt: skip
+        data = PromptDataModule(val=rows, predict=rows, val_batch_size=batch_size)
+        if ranks == 2:
+            t = trainer(callbacks=[TransformersRollout()])
+            (metrics,) = t.validate(module, data, verbose=False)
+            mine = [one["prompt"] for batch in t.predict(module, data) for one in batch]
+            everywhere = [prompt for rank in t.strategy.gather_objects(mine) for prompt in rank]
+            assert sorted(everywhere) == sorted(row["prompt"] for row in rows)
+        else:
+            with one_process():
+                (metrics,) = trainer("lightrft_fake", 1, callbacks=[TransformersRollout()]).validate(
+                    module, data, verbose=False
+                )
+        found.append({k: v for k, v in metrics.items() if "time/" not in k})
+    assert found[0] == pytest.approx(found[2], rel=1e-6)
+    for key in ("val/reward", "val/length"):  # the others are means over batches, which are smaller here
+        assert found[1][key] == pytest.approx(found[2][key], rel=1e-6)
 
 
 def check_supervised_warmup():
