@@ -1,8 +1,7 @@
 """GRPO in a loop of one's own, without a Trainer. Only --strategy changes with the back end.
 
 A tiny Llama with random weights learns to repeat the digit that it is shown: "7=" is to be followed by "7777".
-Run it again with --resume to go on from its checkpoint, under any strategy. In several processes:
-torchrun --nproc-per-node 2 examples/hand_written_loop.py --strategy lightrft_fsdp
+Run it again with --resume to go on from its checkpoint, under any strategy; start it with `torchrun` for several ranks.
 """
 
 import argparse
@@ -37,8 +36,7 @@ scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total
 strategy.setup_inference_engine(actor=actor, tokenizer=tokenizer)
 done = strategy.load_ckpt(actor, args.save_dir)[1]["iterations"] if args.resume else 0
 prompts = [Prompt(tuple(tokenizer(text)["input_ids"]), text) for text in (f"{digit}=" for digit in range(10))]
-batch_size = 10 // strategy.world_size  # of one process
-loader = strategy.setup_dataloader(prompts * args.iterations, batch_size, consumed_samples=10 * done)
+loader = strategy.setup_dataloader(prompts * args.iterations, 10 // strategy.world_size, consumed_samples=10 * done)
 for iteration, batch in enumerate(loader, start=done + 1):
     sampling = SamplingParams(n=args.train_batch_size // 10, max_new_tokens=4, seed=args.seed * 10**6 + iteration)
     groups = strategy.gather_and_generate(sampling, all_prompt_token_ids=[p.token_ids for p in batch])

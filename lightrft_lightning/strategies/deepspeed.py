@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -40,7 +38,6 @@ from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_met
 from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained
-from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
@@ -136,14 +133,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     @override
     def setup_environment(self) -> None:
         self.precision_plugin = ZeroPrecision(self._checked_precision(), self)
-        assert self.accelerator is not None and self.cluster_environment is not None
-        self.accelerator.setup_device(self.root_device)
-        reset_seed()
-        self.set_world_ranks()
-        backend = self.process_group_backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout)
-        watch_ranks(self._timeout or DEFAULT_TIMEOUT)
-        self._check_batch_sizes()
+        self._join_trainers_process_group()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -18,8 +23,8 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.models.export import hugging_face_part, save_pretrained, whole_copy
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.failures import watch_ranks
-from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, start_process_group
+from lightrft_lightning.strategies.failures import START_TIMEOUT, watch_ranks
+from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, set_deadline, start_process_group
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of a `Trainer`, that the sharded back ends carry out."""
@@ -118,6 +123,22 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         place = start_process_group(timeout)
         self._device, self._local_rank = place.device, place.local_rank
         watch_ranks(timeout)
+
+    def _join_trainers_process_group(self) -> None:
+        """What Lightning's own strategies do in `setup_environment`; ranks may be slower to start than `timeout`."""
+        assert self.accelerator is not None and self.cluster_environment is not None
+        timeout, device = self._timeout or DEFAULT_TIMEOUT, self.root_device
+        self.accelerator.setup_device(device)
+        reset_seed()
+        self.set_world_ranks()  # type: ignore[attr-defined]
+        given: str | None = self.process_group_backend  # type: ignore[attr-defined]
+        backend = given or _get_default_process_group_backend_for_device(device)
+        device_id = device if device.type == "cuda" else None
+        start = max(timeout, START_TIMEOUT)
+        _init_dist_connection(self.cluster_environment, backend, timeout=start, device_id=device_id)
+        set_deadline(timeout)
+        watch_ranks(timeout)
+        self._check_batch_sizes()
 
     @override
     def _configure_launcher(self) -> None:

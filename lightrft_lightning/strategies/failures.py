@@ -30,6 +30,9 @@ import torch.distributed as dist
 
 from lightrft_lightning.strategies.peers import Peer, Status, connect_peers
 
+START_TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for one another to start, at least: a deadline for collectives may be far shorter."""
+
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
 
@@ -138,7 +141,7 @@ class RankWatch:
         self.rank, self.world_size = rank, world_size
         self.timeout = timeout.total_seconds()
         self.verdict: Verdict | None = None
-        self._peers = connect_peers(rank, world_size, time.monotonic() + min(self.timeout, 300.0))
+        self._peers = connect_peers(rank, world_size, time.monotonic() + START_TIMEOUT.total_seconds())
         self._changed = threading.Condition()  # guards what follows and the peers, against the main thread
         self._status = Status(f"{socket.gethostname()}, pid {os.getpid()}")
         self._stack = _Stack()

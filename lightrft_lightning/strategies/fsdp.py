@@ -36,7 +36,6 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained
 from lightrft_lightning.strategies.distributed import DistributedStrategy
-from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
@@ -104,9 +103,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._checked_precision()
         # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
-        self._setup_distributed()
-        watch_ranks(self._timeout or DEFAULT_TIMEOUT)
-        self._check_batch_sizes()
+        self._join_trainers_process_group()
         self._make_mesh()
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # for a `configure_model` that shards by itself

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from lightrft_lightning.strategies import failures
+from lightrft_lightning.strategies.failures import START_TIMEOUT
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -61,8 +62,15 @@ def start_process_group(timeout: timedelta | None = None, accelerator: str | Non
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         # In one process nobody else has to find us: no port, which a notebook could not choose.
         store = dist.HashStore() if world_size == 1 else None
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
+        start = max(timeout, START_TIMEOUT)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=start, store=store)
+        set_deadline(timeout)
     return Place(rank, max(local_rank, 0), world_size, device)
+
+
+def set_deadline(timeout: timedelta) -> None:
+    """Give up a collective of the default process group after `timeout`."""
+    dist.distributed_c10d._set_pg_timeout(timeout)
 
 
 def _joined() -> tuple[int, int, int]:
