@@ -38,6 +38,14 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def need_device(device: str) -> None:
+    """End with a message if there is no such device here."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: not run, as this machine has no GPU that torch can use")
+
+
 def peak_rss_mb() -> float:
     """The most memory this process has had resident so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

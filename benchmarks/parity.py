@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import report  # isort: skip
+from _common import need_device, report  # isort: skip
 
 BACK_ENDS = {
     "lightrft_fake": 1,
@@ -260,6 +260,7 @@ def main() -> None:
     if args.rank_of:
         rank_main(args)
         return
+    need_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         results = {n: run(n, args, Path(folder)) for n in ["lightrft_fake", *args.only]}
     rows = [compare(name, args.device, results[name], results["lightrft_fake"]) for name in args.only]

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _common import report  # isort: skip
+from _common import need_device, report  # isort: skip
 
 NAMES = (
     "lightrft_fake",
@@ -292,6 +292,7 @@ def main() -> None:
     for hidden in ("--mode", "--name", "--output"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    need_device(args.device)
     args.shape = args.shape or {"cpu": "small", "cuda": "0.5B"}[args.device]
     if args.mode is None:
         settings = {"shape": args.shape, "tokens a rank": ROWS * TOKENS, "rounds": args.rounds}
