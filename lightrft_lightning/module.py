@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -393,6 +394,8 @@ class RLHFModule(pl.LightningModule):
                 f"RLHFModule trains through a lightrft strategy, got {type(self.trainer.strategy).__name__}: "
                 "use Trainer(strategy='lightrft_fake')"
             )
+        # Its advice is to save the weights of before the step, from which a resumed run could not go on.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
             raise ValueError(

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -255,6 +256,15 @@ def test_completions_of_only_an_end_token_are_survived(tmp_path):
 
 
 # ---------------------------------------------------------------- Lightning's own features
+
+
+def test_checkpoints_by_steps_come_without_wrong_advice(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, callbacks=[checkpoints], max_epochs=1).fit(make_module(), make_data())
+    assert Path(checkpoints.best_model_path).is_dir()
+    assert not [w for w in seen if "manual optimization" in str(w.message)]
 
 
 def test_lightning_callbacks_work(tmp_path):
