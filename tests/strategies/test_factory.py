@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -267,3 +268,10 @@ def test_names_that_lightning_could_not_find_are_refused(name):
 def test_only_strategies_of_this_interface_are_registered(cls):
     with pytest.raises(TypeError, match="must be a subclass of StrategyBase"):
         register_strategy("test_not_a_strategy", cls)
+
+
+def test_without_deepspeed_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ImportError, match=r"'deepspeed', which is not installed.*lightrft-lightning\[deepspeed\]"):
+        get_strategy("lightrft_deepspeed").prepare((model, torch.optim.AdamW(model.parameters())))
