@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
-from lightrft_lightning.experience.trajectory import Prompt, SamplingParams, Trajectory
+from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
@@ -149,36 +149,53 @@ class RLHFModule(pl.LightningModule):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        trajectories = self.rollout(batch, self._iteration_sampling())
-        sampled = time.perf_counter()
-        report = self.rewards.score(trajectories)
+        with self.rewards.in_background() as scoring:
+            trajectories = self.rollout(batch, self._iteration_sampling(), scoring.add)
+            sampled = time.perf_counter()
+            report = scoring.finish()
         scored = time.perf_counter()
         usable = self.estimate_advantages(trajectories)
         metrics = self.update(usable)
         self._log_iteration(trajectories, usable, report, metrics, (start, sampled, scored, time.perf_counter()))
         self.iteration += 1
 
-    def rollout(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Trajectory]:
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        on_group: Callable[[list[Trajectory]], None] | None = None,
+    ) -> list[Trajectory]:
         """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group.
 
         Groups are numbered over all ranks, in the order in which the data loader deals prompts out.
+
+        Args:
+            prompts: of this rank.
+            sampling: see `SamplingParams`.
+            on_group: called with each group as soon as the engine has finished it.
         """
         engine, ranks, rank = self.rollout_engine, self.trainer.world_size, self.trainer.global_rank
-        groups = [k * ranks + rank for k in range(len(prompts))]
-        completions = engine.generate([p.token_ids for p in prompts], sampling, groups)
-        self.last_trajectories = [
+        numbers = [k * ranks + rank for k in range(len(prompts))]
+        groups: dict[int, list[Trajectory]] = {}
+        with engine.awake():
+            for i, completions in engine.stream([p.token_ids for p in prompts], sampling, numbers):
+                groups[i] = [] if prompts[i].filler else self._trajectories(prompts[i], completions, numbers[i])
+                if on_group is not None:
+                    on_group(groups[i])
+        self.last_trajectories = [t for i in range(len(prompts)) for t in groups[i]]
+        return self.last_trajectories
+
+    def _trajectories(self, prompt: Prompt, completions: Sequence[Completion], group: int) -> list[Trajectory]:
+        return [
             Trajectory(
                 prompt=prompt,
                 completion=completion,
                 group=group,
-                policy_version=engine.version,
+                policy_version=self.rollout_engine.version,
                 text=str(self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)),
             )
-            for group, prompt, drawn in zip(groups, prompts, completions, strict=True)
-            for completion in drawn
-            if not prompt.filler
+            for completion in completions
         ]
-        return self.last_trajectories
 
     def estimate_advantages(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Fill in the advantages; returns the trajectories of groups that can be compared, in order.

@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightrft_lightning.engines.base import RolloutEngine
+from lightrft_lightning.engines.base import EngineError, RolloutEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lightrft_lightning.module import RLHFModule
+
+log = logging.getLogger(__name__)
+
+
+class DriftError(EngineError):
+    """Engine and trainer give the same tokens too different log-probabilities."""
 
 
 class RolloutCallback(Callback, RolloutEngine):
     """Base class of the engines: generates for `RLHFModule` and follows its weights.
 
-    The callback connects the engine once the model is on its device, hands it the new weights after every training
-    iteration, keeps its version in checkpoints and closes it at the end, also after an exception.
+    The callback connects the engine once the model is on its device, hands it the weights before the first rollout
+    and after every training iteration, watches the drift between the engine's and the trainer's log-probabilities,
+    keeps the version in checkpoints and closes the engine at the end, also after an exception.
     """
+
+    drift_warning: float | None = 0.1
+    """Mean |engine - trainer| in nats a token above which a warning is logged."""
+    drift_limit: float | None = None
+    """The same above which training stops."""
+    sleep_level: int = 0
+    """How deep the engine sleeps between rollouts; 0: it stays awake."""
+    stale: bool = True
+    """Whether the engine may hold other weights than the trainer: it gets them before it generates the next time."""
 
     @abstractmethod
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make the engine generate with `model`'s weights. Idempotent."""
+        """Make the engine ready to generate with `model`'s weights. Idempotent."""
 
-    def _connect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The engine is awake inside; afterwards it sleeps if `sleep_level` says so."""
+        self.wake_up()
+        try:
+            yield
+        finally:
+            if self.sleep_level:
+                self.sleep(self.sleep_level)
+
+    def sync(self, module: RLHFModule, version: int) -> None:
+        """Bring the engine's weights up to date; all ranks together. Logs the seconds as ``time/sync``."""
+        from lightrft_lightning.engines.weight_sync import PolicyWeights
+
+        assert module.actor is not None
+        # Lightning evaluates in inference mode, whose tensors could not be changed afterwards.
+        with torch.inference_mode(False), torch.no_grad(), self.awake():
+            self.update_weights(PolicyWeights(module.strategy, module.actor), version)
+        self.stale = False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         from lightrft_lightning.module import RLHFModule
 
         if not isinstance(pl_module, RLHFModule):
@@ -38,12 +82,35 @@ class RolloutCallback(Callback, RolloutEngine):
         self.strategy = pl_module.strategy
         self.connect(pl_module.actor, pl_module.tokenizer)
 
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _connect
+    def _start_evaluation(self, trainer: pl.Trainer, pl_module: RLHFModule) -> None:
+        self.on_fit_start(trainer, pl_module)  # there is none in `trainer.validate` and its like
+        if self.stale:
+            self.sync(pl_module, self.version)
+
+    on_validation_start = on_test_start = on_predict_start = _start_evaluation  # type: ignore[assignment]
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        weights = pl_module.strategy.named_full_tensors(pl_module.actor)  # type: ignore[operator, union-attr]
-        self.update_weights(weights, self.version + 1)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.stale:
+            self.sync(pl_module, self.version)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        start = time.perf_counter()
+        self.sync(pl_module, self.version + 1)
+        pl_module.log("time/sync", time.perf_counter() - start)
+        self._check_drift(trainer)
+
+    def _check_drift(self, trainer: pl.Trainer) -> None:
+        mean = float(trainer.callback_metrics.get("train/mismatch_mean", 0.0))
+        told = (
+            f"{type(self).__name__}: the engine's and the trainer's log-probabilities of the same tokens differ by "
+            f"{mean:.3g} nats on average"
+        )
+        if self.drift_limit is not None and not mean <= self.drift_limit:
+            raise DriftError(f"{told}, more than drift_limit={self.drift_limit}: weights or precision do not match")
+        if self.drift_warning is not None and not mean <= self.drift_warning:
+            log.warning("%s, more than drift_warning=%s: weights or precision may not match", told, self.drift_warning)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -110,8 +110,8 @@ class SupervisedWarmup(Callback):
             self._train(actor.train(), examples, steps, pl_module.device)
         actor.train(training)
         for engine in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(engine, RolloutCallback):  # connected at the start of the fit, with the weights of before
-                engine.update_weights(module.strategy.named_full_tensors(actor), engine.version)
+            if isinstance(engine, RolloutCallback):
+                engine.stale = True
 
     def _train(self, actor: Any, examples: Sequence[Example], steps: int, device: torch.device) -> None:
         parameters = [p for p in actor.parameters() if p.requires_grad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +12,10 @@ from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
+
+
+class EngineError(RuntimeError):
+    """An engine died, hung, refused a call or gave a wrong answer; the message names the engine and the call."""
 
 
 class RolloutEngine(ABC):
@@ -24,6 +28,8 @@ class RolloutEngine(ABC):
     tokenizer: Any = None
     strategy: StrategyBase | None = None
     """What holds the weights, for engines that generate with the model in training."""
+    has_copy: bool = False
+    """Whether the engine has weights of its own, which `update_weights` must bring up to date."""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts that are given as text, by the engine's own tokenizer."""
@@ -47,9 +53,24 @@ class RolloutEngine(ABC):
             For each prompt, in order, its `sampling.n` completions.
         """
 
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `generate`, but gives each group as soon as it is finished: the prompt's position and its completions.
+
+        An engine that cannot do this gives all of them at the end.
+        """
+        yield from enumerate(self.generate(prompts, sampling, streams))
+
     @abstractmethod
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the trainer's weights and set `version`."""
+        """Take over the trainer's weights and set `version`.
+
+        Args:
+            named_tensors: whole tensors under the names of a Hugging Face checkpoint; a tensor may be overwritten once
+                the next one is asked for. All ranks go through it together, also those that do not need it.
+            version: the number of updates of this policy.
+        """
 
     # The rest is optional: an engine that shares the trainer's model has nothing of its own to give back.
 

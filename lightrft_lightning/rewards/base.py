@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -115,6 +117,15 @@ class Rewards:
             non_finite=failures.count("non_finite"),
         )
 
+    @contextmanager
+    def in_background(self) -> Iterator[Scoring]:
+        """Score trajectories while others are still being generated; what is not scored at the end is given up."""
+        scoring = Scoring(self)
+        try:
+            yield scoring
+        finally:
+            scoring.stop()
+
     def _check_columns(self, trajectories: Sequence[Trajectory]) -> None:
         """A column that is missing everywhere is a mistake in the set-up; in single rows it costs only these."""
         for function, _ in self.functions:
@@ -177,6 +188,64 @@ class Rewards:
         consequence = "is dropped" if self.on_error is None else f"gets {self.on_error}"
         log.warning("no reward for a completion of %s, it %s: %s", _short(trajectory.prompt.text), consequence, reason)
         return failure
+
+
+class Scoring:
+    """Scores what `add` brings, in a thread, with all that has arrived meanwhile in one call.
+
+    Functions that take whole batches see the same batch as without it: with one of them, scoring waits for `finish`.
+    """
+
+    def __init__(self, rewards: Rewards) -> None:
+        self._rewards = rewards
+        self._waits = any(function.batch for function, _ in rewards.functions)
+        self._arrived: list[Trajectory] = []
+        self._reports: list[RewardReport] = []
+        self._error: BaseException | None = None
+        self._news = threading.Condition()
+        self._over = self._given_up = False
+        self._thread = threading.Thread(target=self._run, name="lightrft-rewards", daemon=True)
+        self._thread.start()
+
+    def add(self, trajectories: Sequence[Trajectory]) -> None:
+        """Score these soon."""
+        with self._news:
+            self._arrived += trajectories
+            self._news.notify()
+
+    def finish(self) -> RewardReport:
+        """Wait until all are scored.
+
+        Raises:
+            ValueError: as `Rewards.score`.
+        """
+        with self._news:
+            self._over = True
+            self._news.notify()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        columns = zip(*map(astuple, self._reports), strict=True)
+        return RewardReport(*map(sum, columns)) if self._reports else RewardReport(0)
+
+    def stop(self) -> None:
+        """Score nothing that has not been begun."""
+        with self._news:
+            self._over = self._given_up = True
+            self._news.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._over or (self._arrived and not self._waits))
+                batch, self._arrived = self._arrived, []
+                if self._given_up or not batch:
+                    return
+            try:
+                self._reports.append(self._rewards.score(batch))
+            except BaseException as err:
+                self._error = err
+                return
 
 
 def _call(function: RewardFunction, batch: list[dict[str, Any]]) -> list[Outcome]:

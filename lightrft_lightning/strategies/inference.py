@@ -23,21 +23,26 @@ class InferenceEngines:
     inference_engine: RolloutEngine | None = None
 
     def setup_inference_engine(
-        self, config: Any = None, engine_type: str | None = None, actor: nn.Module | None = None, tokenizer: Any = None
+        self,
+        config: Any = None,
+        engine_type: str | RolloutEngine | None = None,
+        actor: nn.Module | None = None,
+        tokenizer: Any = None,
     ) -> RolloutEngine:
         """Build the engine that generates, and keep it as `inference_engine`.
 
         Args:
             config: as in `StrategyConfig.from_args`; default: the strategy's own.
-            engine_type: default `config.engine_type`.
-            actor: the model that the engine generates with.
+            engine_type: ``vllm``, ``sglang``, ``transformers``, or an engine with settings of its own, e.g.
+                ``VLLMRollout(engine_args={...})``; default `config.engine_type`.
+            actor: the model whose weights the engine generates with.
             tokenizer: its tokenizer; default: the one of the folder that the actor was loaded from.
 
         Raises:
             ValueError: an unknown engine, or no actor.
-            RuntimeError: an engine that this release does not have.
+            ImportError: the engine's package is not installed.
         """
-        from lightrft_lightning.engines import create_engine
+        from lightrft_lightning.engines.factory import create_engine
 
         settings = self.config if config is None else StrategyConfig.from_args(config)
         self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer, self)  # type: ignore[arg-type]
@@ -105,8 +110,10 @@ class InferenceEngines:
 
     def update_engine_weights(self, actor: nn.Module) -> None:
         """Give the engine the actor's current weights and advance its version."""
+        from lightrft_lightning.engines.weight_sync import PolicyWeights
+
         engine = self._engine()
-        engine.update_weights(self.named_full_tensors(actor), engine.version + 1)
+        engine.update_weights(PolicyWeights(self, actor), engine.version + 1)  # type: ignore[arg-type]
 
     def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Names and whole values of all parameters, each once; all ranks must go through it together."""

@@ -664,13 +664,15 @@ def test_transformers_engine_takes_prompts_as_text(tiny):
 @pytest.mark.parametrize(
     ("kwargs", "error", "words"),
     [
-        ({"engine_type": "vllm"}, RuntimeError, "engine_type='vllm' is not available yet in this release; use 'transf"),
-        ({"engine_type": "sglang"}, RuntimeError, "engine_type='sglang' is not available yet"),
-        ({}, RuntimeError, "engine_type='vllm' is not available yet"),  # the configuration's default
+        ({}, ValueError, "engine_type='vllm' generates with the actor's weights: pass actor="),  # the default
         ({"engine_type": "vlm"}, ValueError, "unknown engine_type 'vlm'. Did you mean 'vllm'?"),
         ({"engine_type": "transformers"}, ValueError, "pass actor="),
         ({"config": "transformers"}, TypeError, "from_args('transformers')"),
-        ({"config": {"engine_tp_size": 2}, "engine_type": "transformers"}, ValueError, "engine_tp_size=2"),
+        (
+            {"config": {"engine_tp_size": 2}, "engine_type": "transformers", "actor": nn.Linear(1, 1)},
+            ValueError,
+            "engine_tp_size=2",
+        ),
     ],
 )
 def test_engines_that_cannot_be_built(kwargs, error, words):

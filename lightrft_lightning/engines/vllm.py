@@ -1,0 +1,357 @@
+"""vLLM in the training processes: every rank, or every group of `tensor_parallel_size` ranks, has an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._seeds import derive_seed
+from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Verify, merged
+from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_Request = tuple[Sequence[int], int]  # token ids, stream
+
+OURS = {"model", "tokenizer", "tensor_parallel_size", "worker_extension_cls", "distributed_executor_backend"}
+"""Engine arguments that follow from the model, the ranks or the weight sync."""
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, next to the weights
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise it would bind the threads that train
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VLLMRollout(EngineWithCopy):
+    """Generates with vLLM, in the training processes (`RemoteRollout` has the engine elsewhere).
+
+    The engine starts with empty weights and gets the trainer's before the first rollout, so whatever `RLHFModule` can
+    train can be generated with: a folder, a GGUF file, a resumed checkpoint, a LoRA model (sent merged).
+
+    Sequence j of a prompt has a seed of its own, fixed by `sampling.seed`, the prompt's stream and j. The
+    log-probabilities are those of the distribution that a token was drawn from (after temperature, top-k and top-p);
+    greedy decoding reports the plain softmax.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[VLLMRollout(engine_args={"max_model_len": 4096})])  # doctest: +SKIP
+
+    Args:
+        engine_args: arguments of `vllm.EngineArgs`, passed on untouched. By default the data type is the trainer's,
+            and the engine takes 30 % of a GPU's memory, or 1 GiB for its cache on a CPU.
+        tensor_parallel_size: ranks that share an engine; it must divide the number of ranks on a node.
+        verify: what is compared after each update, see `EngineWithCopy`.
+        bucket_mb: the most MiB of tensors on their way at once in an update.
+        sleep_level: 1 or 2: between rollouts the engine gives its GPU memory back (2: the weights as well, instead of
+            moving them to the CPU); 0: it stays awake.
+        deadline: seconds that one rollout may take.
+        drift_warning: mean difference in nats between the engine's and the trainer's log-probabilities above which a
+            warning is logged; None: never.
+        drift_limit: the same above which training stops.
+
+    Raises:
+        ValueError: an argument is out of range, or is none of vLLM's.
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        engine_args: Mapping[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        verify: Verify = "sample",
+        bucket_mb: int = 256,
+        sleep_level: int = 0,
+        deadline: float = 1800.0,
+        drift_warning: float | None = 0.1,
+        drift_limit: float | None = None,
+    ) -> None:
+        super().__init__(
+            verify=verify,
+            bucket_mb=bucket_mb,
+            sleep_level=sleep_level,
+            deadline=deadline,
+            drift_warning=drift_warning,
+            drift_limit=drift_limit,
+        )
+        if tensor_parallel_size < 1:
+            raise ValueError(f"VLLMRollout(tensor_parallel_size={tensor_parallel_size}): must be at least 1")
+        self.engine_args = dict(engine_args or {})
+        self.tensor_parallel_size = tensor_parallel_size
+        self._engine: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._requests = 0
+        self._asleep = self._owns_group = False
+        _check_engine_args(self.engine_args)
+
+    # ---------------------------------------------------------------- life
+
+    @override
+    def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self._engine is not None:
+            return
+        self.tokenizer = tokenizer
+        self._folder = tempfile.TemporaryDirectory(prefix="lightrft_vllm_")
+        _config_of(model).save_pretrained(self._folder.name)
+        tokenizer.save_pretrained(self._folder.name)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:  # its end-of-sequence tokens
+            generation.save_pretrained(self._folder.name)
+        dtype = getattr(self.strategy, "compute_dtype", torch.float32)
+        self.start(self._folder.name, dtype=str(dtype).removeprefix("torch."), load_format="dummy")
+
+    def start(self, folder: str, **defaults: Any) -> None:
+        """Start vLLM on a Hugging Face folder.
+
+        Args:
+            folder: with a configuration and a tokenizer, and weights unless ``load_format="dummy"``.
+            defaults: engine arguments that the user's own replace.
+        """
+        os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+        vllm = import_extra("vllm", "vllm")
+        memory = {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 1 << 30}
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks % self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} must divide the number of ranks, {ranks}"
+            )
+        arguments = {
+            **memory,
+            "seed": 0,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+            "enable_sleep_mode": bool(self.sleep_level) and torch.cuda.is_available(),
+            **defaults,
+            **self.engine_args,
+            "model": folder,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "worker_extension_cls": "lightrft_lightning.engines._vllm_worker.WeightSyncWorker",
+        }
+        if ranks > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+            os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher does not set it
+        self._owns_group = not dist.is_initialized()
+        # It seeds all random generators, and may be started while Lightning evaluates.
+        with isolate_rng(), torch.inference_mode(False), _threads_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        self.dtype = self._engine.model_config.dtype
+
+    @override
+    def close(self) -> None:
+        if self._engine is None:
+            return
+        self._engine.engine_core.shutdown()
+        self._engine = None
+        if self._folder is not None:
+            self._folder.cleanup()
+        from vllm.distributed import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if self._owns_group:
+            parallel_state.destroy_distributed_environment()
+
+    # ---------------------------------------------------------------- generation
+
+    @override
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """As in `RolloutEngine`.
+
+        Raises:
+            EngineError: it takes longer than `deadline`, or vLLM returns something else than asked for.
+            ValueError: a prompt is empty, or too long for the engine together with `max_new_tokens`.
+        """
+        groups = dict(self.stream(prompts, sampling, streams))
+        return [groups[i] for i in range(len(prompts))]
+
+    @override
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `generate`, group by group."""
+        if self._engine is None:
+            raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) before generate()")
+        self._check(prompts, sampling)
+        mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, strict=True))
+        first, everyones = 0, mine
+        # It draws from the global generator for all rows, and replaces the draws of those that have a seed.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        if self.tensor_parallel_size > 1:  # the ranks of a group run the same requests in step
+            first, everyones = self._of_group(mine)
+        with torch.random.fork_rng(devices=devices):
+            for i, completions in self._run(everyones, sampling):
+                if first <= i < first + len(mine):
+                    yield i - first, completions
+
+    def _of_group(self, mine: list[_Request]) -> tuple[int, list[_Request]]:
+        """The requests of all ranks that share this engine, and the position of this rank's first one."""
+        assert self.strategy is not None
+        of_ranks: list[list[_Request]] = self.strategy.gather_objects(mine)
+        rank = self.strategy.global_rank
+        leader = rank - rank % self.tensor_parallel_size
+        group = of_ranks[leader : leader + self.tensor_parallel_size]
+        return sum(map(len, group[: rank - leader])), [request for requests in group for request in requests]
+
+    def _run(self, requests: Sequence[_Request], sampling: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
+        engine, end = self._engine, time.monotonic() + self.deadline
+        open_requests: dict[str, int] = {}
+        try:
+            for i, (prompt, stream) in enumerate(requests):
+                self._requests += 1
+                name = str(self._requests)
+                engine.add_request(name, {"prompt_token_ids": list(prompt)}, _vllm_sampling(sampling, stream))
+                open_requests[name] = i
+            while open_requests:
+                if time.monotonic() > end:
+                    raise EngineError(
+                        f"VLLMRollout: {len(open_requests)} of {len(requests)} prompts are not finished after "
+                        f"deadline={self.deadline} s"
+                    )
+                with torch.inference_mode(False):
+                    outputs = engine.step()
+                for output in outputs:
+                    if output.finished:
+                        yield open_requests.pop(output.request_id), _completions(output, sampling)
+        finally:
+            if open_requests:
+                engine.abort_request(list(open_requests))
+
+    def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        limit = self._engine.model_config.max_model_len
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty: it needs at least one token")
+            if len(prompt) + sampling.max_new_tokens > limit:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens, with max_new_tokens={sampling.max_new_tokens} that is more "
+                    f"than the engine's max_model_len={limit}: shorten them, or raise engine_args['max_model_len']"
+                )
+
+    # ---------------------------------------------------------------- weights
+
+    @override
+    def _begin_update(self) -> None:
+        self._call("lightrft_begin_update")
+
+    @override
+    def _load(self, bucket: Bucket) -> None:
+        self._call("lightrft_load", bucket)
+
+    @override
+    def _end_update(self, version: int) -> None:
+        self._call("lightrft_end_update")
+        self._engine.reset_prefix_cache()
+
+    @override
+    def _read_back(self, wanted: Mapping[str, tuple[int, int]], names: Sequence[str] | None) -> Held:
+        return merged(self._call("lightrft_read_back", wanted, names))
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of `WeightSyncWorker` in every worker of this process."""
+        if self._engine is None:
+            raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) first")
+        results: list[Any] = self._engine.collective_rpc(method, args=args)
+        return results
+
+    # ---------------------------------------------------------------- memory
+
+    @override
+    def sleep(self, level: int = 1) -> None:
+        if self._engine is not None and not self._asleep and torch.cuda.is_available():
+            self._engine.sleep(level)
+            self._asleep = True
+
+    @override
+    def wake_up(self) -> None:
+        if self._engine is not None and self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
+
+
+def _check_engine_args(given: Mapping[str, Any]) -> None:
+    vllm = import_extra("vllm", "vllm")
+    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)} - OURS
+    for name in given:
+        if name in OURS:
+            raise ValueError(f"engine_args[{name!r}]={given[name]!r}: VLLMRollout sets this itself, leave it out")
+        if name not in known:
+            raise ValueError(f"engine_args: {unknown_name('argument of vLLM', name, known)}")
+
+
+def _config_of(model: Any) -> Any:
+    """The configuration of the model inside a PEFT wrapper, or of the model."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """On a CPU, vLLM sets the number of threads and forbids to set it again: take both back."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+
+
+def _vllm_sampling(sampling: SamplingParams, stream: int) -> Any:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+
+    greedy = sampling.temperature == 0
+    return VLLMSamplingParams(
+        n=1 if greedy else sampling.n,  # greedy completions are all the same
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=1.0 if greedy else sampling.top_p,
+        top_k=0 if greedy else sampling.top_k,
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        detokenize=bool(sampling.stop),
+        seed=None if greedy else derive_seed(sampling.seed, stream),  # vLLM adds the number of the sample
+        logprobs=0,  # of the sampled token only
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completions(output: Any, sampling: SamplingParams) -> list[Completion]:
+    """A finished request's completions.
+
+    Raises:
+        EngineError: too few of them, or one without its log-probabilities.
+    """
+    drawn = sorted(output.outputs, key=lambda sample: sample.index)
+    wanted = sampling.n if sampling.temperature else 1
+    if len(drawn) != wanted:
+        raise EngineError(f"VLLMRollout: asked for {wanted} completions, vLLM returned {len(drawn)}")
+    return [_completion(sample) for sample in drawn] * (sampling.n // wanted)
+
+
+def _completion(sample: Any) -> Completion:
+    ids = tuple(sample.token_ids)
+    if not ids or sample.logprobs is None or len(sample.logprobs) != len(ids):
+        raise EngineError(
+            f"VLLMRollout: a completion of {len(ids)} tokens came with "
+            f"{len(sample.logprobs or ())} log-probabilities (finish reason {sample.finish_reason!r})"
+        )
+    logprobs = tuple(float(at[token].logprob) for token, at in zip(ids, sample.logprobs, strict=True))
+    if sample.finish_reason not in ("stop", "length"):
+        raise EngineError(f"VLLMRollout: a completion ended with {sample.finish_reason!r}")
+    reason: FinishReason = "length" if sample.finish_reason == "length" else "eos"
+    return Completion(ids, logprobs, "stop" if isinstance(sample.stop_reason, str) else reason)
