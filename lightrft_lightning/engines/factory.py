@@ -36,8 +36,12 @@ def create_engine(
     if isinstance(engine, RolloutCallback):
         model = weights.model
         engine.connect(model, tokenizer if tokenizer is not None else load_tokenizer(model.config.name_or_path))
-        if engine.has_copy:
-            engine.update_weights(weights, engine.version)
+        try:
+            if engine.has_copy:
+                engine.update_weights(weights, engine.version)
+        except BaseException:
+            engine.close()
+            raise
     return engine
 
 

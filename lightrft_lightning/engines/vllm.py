@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -155,15 +156,11 @@ class VLLMRollout(EngineWithCopy):
     def close(self) -> None:
         if self._engine is None:
             return
-        self._engine.engine_core.shutdown()
-        self._engine = None
+        with contextlib.nullcontext() if self._owns_group else _process_group_kept():
+            self._engine.engine_core.shutdown()
+            self._engine = None  # its finalizer shuts down once more
         if self._folder is not None:
             self._folder.cleanup()
-        from vllm.distributed import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        if self._owns_group:
-            parallel_state.destroy_distributed_environment()
 
     # ---------------------------------------------------------------- generation
 
@@ -190,23 +187,27 @@ class VLLMRollout(EngineWithCopy):
         self._check(prompts, sampling)
         mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, strict=True))
         first, everyones = 0, mine
-        # It draws from the global generator for all rows, and replaces the draws of those that have a seed.
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         if self.tensor_parallel_size > 1:  # the ranks of a group run the same requests in step
-            first, everyones = self._of_group(mine)
+            group = self._of_group(mine)
+            first = sum(map(len, group[: self._place_in_group]))
+            everyones = [request for requests in group for request in requests]
+        # vLLM draws from the global generator for all rows, and then once more for those that have a seed.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             for i, completions in self._run(everyones, sampling):
                 if first <= i < first + len(mine):
                     yield i - first, completions
 
-    def _of_group(self, mine: list[_Request]) -> tuple[int, list[_Request]]:
-        """The requests of all ranks that share this engine, and the position of this rank's first one."""
+    @property
+    def _place_in_group(self) -> int:
         assert self.strategy is not None
-        of_ranks: list[list[_Request]] = self.strategy.gather_objects(mine)
-        rank = self.strategy.global_rank
-        leader = rank - rank % self.tensor_parallel_size
-        group = of_ranks[leader : leader + self.tensor_parallel_size]
-        return sum(map(len, group[: rank - leader])), [request for requests in group for request in requests]
+        return self.strategy.global_rank % self.tensor_parallel_size
+
+    def _of_group(self, value: Any) -> list[Any]:
+        """The values of the ranks that share this engine."""
+        assert self.strategy is not None
+        leader = self.strategy.global_rank - self._place_in_group
+        return self.strategy.gather_objects(value)[leader : leader + self.tensor_parallel_size]
 
     def _run(self, requests: Sequence[_Request], sampling: SamplingParams) -> Iterator[tuple[int, list[Completion]]]:
         engine, end = self._engine, time.monotonic() + self.deadline
@@ -260,7 +261,8 @@ class VLLMRollout(EngineWithCopy):
 
     @override
     def _read_back(self, wanted: Mapping[str, tuple[int, int]], names: Sequence[str] | None) -> Held:
-        return merged(self._call("lightrft_read_back", wanted, names))
+        held = merged(self._call("lightrft_read_back", wanted, names))
+        return merged(self._of_group(held)) if self.tensor_parallel_size > 1 else held
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method of `WeightSyncWorker` in every worker of this process."""
@@ -297,6 +299,17 @@ def _check_engine_args(given: Mapping[str, Any]) -> None:
 def _config_of(model: Any) -> Any:
     """The configuration of the model inside a PEFT wrapper, or of the model."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+
+
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """Closing an engine destroys the default process group, also one that it found, which the trainer still needs."""
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextmanager

@@ -1,0 +1,326 @@
+"""Real vLLM in one process; see strategies/jobs/checks.py."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import checks
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, get_peft_model
+
+from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams
+from lightrft_lightning.callbacks.rollout import DriftError
+from lightrft_lightning.engines._vllm_worker import WeightSyncWorker
+from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.engines.vllm import VLLMRollout
+from lightrft_lightning.engines.weight_sync import PolicyWeights, WeightMismatchError
+from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+
+FOLDER = Path(sys.argv[1])
+TOKENIZER = char_tokenizer()
+PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in range(3, 7) for b in range(5, 13)]
+ARGS = {"enforce_eager": True, "max_model_len": 64}
+
+
+def random_model(tie=False, layers=2):
+    model = tiny_llama(seed=5, layers=layers)
+    if tie:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    return model
+
+
+@contextmanager
+def engine_of(model, **settings):
+    """An engine that has the model's weights, and the strategy that it belongs to."""
+    strategy = FakeStrategy()
+    engine = VLLMRollout({**ARGS, **settings.pop("engine_args", {})}, **settings)
+    try:
+        yield strategy.setup_inference_engine(engine_type=engine, actor=model, tokenizer=TOKENIZER), strategy
+    finally:
+        engine.close()
+
+
+def scored(model, prompt, ids, temperature=1.0, keep=None):
+    """Log-probabilities of these tokens under the model, renormalised over the tokens that `keep` leaves."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1] / temperature
+    if keep is not None:
+        logits = keep(logits)
+    return logits.log_softmax(-1)[range(len(ids)), list(ids)].tolist()
+
+
+def close(found, expected, tolerance=1e-4):
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True)) < tolerance
+
+
+def changed(model):
+    """The model with other weights everywhere."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+# ------------------------------------------------------------------ generation
+
+
+def check_what_comes_back():
+    model = random_model()
+    before = torch.get_rng_state()
+    with engine_of(model) as (engine, _):
+        groups = engine.generate(PROMPTS[:6], SamplingParams(n=4, max_new_tokens=8, temperature=0.7, seed=3))
+        again = engine.generate(PROMPTS[4:6], SamplingParams(n=4, max_new_tokens=8, temperature=0.7, seed=3), [4, 5])
+        greedy = engine.generate(PROMPTS[:2], SamplingParams(n=2, max_new_tokens=8, temperature=0.0))
+    assert torch.equal(before, torch.get_rng_state())
+    assert [len(group) for group in groups] == [4] * 6
+    assert [[c.token_ids for c in g] for g in again] == [[c.token_ids for c in g] for g in groups[4:]]
+    assert len({c.token_ids for group in groups for c in group}) > 12
+    for prompt, group in zip(PROMPTS, groups, strict=False):
+        for c in group:
+            assert close(c.logprobs, scored(model, prompt, c.token_ids, temperature=0.7))
+            assert (c.finish_reason == "eos") == (c.token_ids[-1] == TOKENIZER.eos_token_id)
+            assert c.finish_reason == "eos" or len(c.token_ids) == 8
+    for prompt, group in zip(PROMPTS, greedy, strict=False):
+        assert group[0] == group[1] and close(group[0].logprobs, scored(model, prompt, group[0].token_ids))
+
+
+def check_top_p_and_top_k_report_the_distribution_that_was_sampled_from():
+    model = random_model()
+
+    def largest(logits):
+        return torch.where(logits >= logits.topk(3).values[:, -1:], logits, -torch.inf)
+
+    def nucleus(logits):
+        values, order = logits.softmax(-1).sort(descending=True)
+        dropped = values.cumsum(-1) - values >= 0.6
+        return logits.scatter(-1, order, logits.gather(-1, order).masked_fill(dropped, -torch.inf))
+
+    with engine_of(model) as (engine, _):
+        for settings, keep in (({"top_k": 3}, largest), ({"top_p": 0.6}, nucleus)):
+            for prompt, group in zip(
+                PROMPTS[:4],
+                engine.generate(PROMPTS[:4], SamplingParams(n=4, max_new_tokens=6, **settings)),
+                strict=True,
+            ):
+                for c in group:
+                    assert close(c.logprobs, scored(model, prompt, c.token_ids, keep=keep)), settings
+
+
+def check_stop_strings_stay_and_sampling_follows_the_probabilities():
+    model = random_model()
+    with engine_of(model) as (engine, _):
+        groups = engine.generate(PROMPTS[:4], SamplingParams(n=8, max_new_tokens=20, stop=("3", "7")))
+        stopped = [c for group in groups for c in group if c.finish_reason == "stop"]
+        assert stopped and all(TOKENIZER.decode(c.token_ids)[-1] in "37" for c in stopped)
+        drawn = engine.generate(PROMPTS[:1], SamplingParams(n=2000, max_new_tokens=1))[0]
+    with torch.no_grad():
+        probabilities = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    counts = Counter(c.token_ids[0] for c in drawn)
+    expected = probabilities * 2000
+    statistic = sum((counts[i] - e) ** 2 / e for i, e in enumerate(expected.tolist()))
+    assert statistic < 45, statistic  # chi-squared with 15 degrees of freedom: one in ten thousand is above
+
+
+def check_groups_come_as_they_finish():
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is equally likely
+    with engine_of(model) as (engine, _):
+        order = [i for i, _ in engine.stream(PROMPTS, SamplingParams(max_new_tokens=50, seed=2))]
+    assert sorted(order) == list(range(len(PROMPTS))) and order != sorted(order)
+
+
+def check_bad_requests_and_deadlines():
+    with engine_of(random_model()) as (engine, _):
+        for prompts, words in (
+            ([[]], "prompt 0 is empty"),
+            ([PROMPTS[0], [3] * 60], "prompt 1 has 60 tokens, with max_n"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                engine.generate(prompts, SamplingParams(max_new_tokens=8))
+        engine.deadline = 1e-4
+        with pytest.raises(EngineError, match=r"32 of 32 prompts are not finished after deadline=0.0001 s"):
+            engine.generate(PROMPTS, SamplingParams(max_new_tokens=40))
+        engine.deadline = 60
+        assert len(engine.generate(PROMPTS[:3], SamplingParams(max_new_tokens=4))) == 3  # the others were given up
+
+
+# ------------------------------------------------------------------ weights
+
+
+def greedy_agrees(engine, model):
+    groups = engine.generate(PROMPTS, SamplingParams(max_new_tokens=6, temperature=0.0))
+    return all(close(g[0].logprobs, scored(model, p, g[0].token_ids)) for p, g in zip(PROMPTS, groups, strict=True))
+
+
+def check_updates_arrive_in_buckets_of_any_size():
+    model = random_model()
+    with engine_of(model, verify="all", bucket_mb=1) as (engine, strategy):
+        for version in (1, 2, 3):
+            engine.bucket_bytes = (1, 100_000, 1 << 30)[version - 1]
+            changed(model)
+            assert not greedy_agrees(engine, model)
+            strategy.update_engine_weights(model)
+            assert engine.version == version and greedy_agrees(engine, model)
+
+
+def check_tied_head_arrives_and_its_loss_is_noticed():
+    model = random_model(tie=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for verify in ("sample", "all"):
+        with engine_of(model, verify=verify) as (engine, strategy):
+            assert greedy_agrees(engine, model)
+            strategy.update_engine_weights(changed(model))
+            assert greedy_agrees(engine, model)
+            changed(model)
+            lost = lambda name, tensor: None if name == "lm_head.weight" else tensor  # noqa: E731
+            with changed_on_the_way(lost), pytest.raises(WeightMismatchError, match=r"trainer's 'lm_head\.weight'$"):
+                strategy.update_engine_weights(model)
+            unnamed = [item for item in PolicyWeights(strategy, model) if item[0] != "lm_head.weight"]
+            with pytest.raises(
+                WeightMismatchError, match=r"the engine has 'lm_head\.weight', which no weight was sent"
+            ):
+                engine.update_weights(unnamed, 7)
+
+
+@contextmanager
+def changed_on_the_way(change):
+    """The engine gets `change(name, tensor)` in place of each tensor; nothing where that is None."""
+    load = WeightSyncWorker.lightrft_load
+
+    def other(self, bucket):
+        load(self, [(name, new) for name, tensor in bucket if (new := change(name, tensor)) is not None])
+
+    with mock.patch.object(WeightSyncWorker, "lightrft_load", other):
+        yield
+
+
+def check_every_wrong_tensor_is_named():
+    model = random_model()
+    with engine_of(model) as (engine, strategy):
+        for wrong in [name for name, _ in PolicyWeights(strategy, model)]:
+            spoiled = lambda name, tensor, wrong=wrong: tensor * 1.001 if name == wrong else tensor  # noqa: E731
+            with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError) as error:
+                strategy.update_engine_weights(changed(model))
+            assert str(error.value).endswith(f"does not hold the trainer's {wrong!r}")
+
+
+def check_a_single_wrong_value_is_found_in_time():
+    """Sampling misses it in some updates, but not in all of a round; comparing everything finds it at once."""
+    model = random_model()
+
+    def spoiled(name, tensor):
+        if name.endswith("layers.1.mlp.down_proj.weight"):
+            tensor[7, 201] += 1
+        return tensor
+
+    with engine_of(model) as (engine, strategy), changed_on_the_way(spoiled):
+        found = 0
+        for version in range(model.config.intermediate_size // 8):
+            try:
+                engine.update_weights(PolicyWeights(strategy, model), version)
+            except WeightMismatchError:
+                found += 1
+        assert found == 1
+        engine.verify = "all"
+        with pytest.raises(WeightMismatchError, match=r"layers\.1\.mlp\.down_proj\.weight"):
+            engine.update_weights(PolicyWeights(strategy, model), 0)
+
+
+def check_lora_is_sent_merged():
+    model = get_peft_model(random_model(), LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+    with engine_of(model, verify="all") as (engine, _):
+        assert greedy_agrees(engine, model)
+        with model.disable_adapter():
+            assert not greedy_agrees(engine, model)
+
+
+# ------------------------------------------------------------------ in a Trainer
+
+
+def trainer_and_module(*callbacks, iterations=3, **settings):
+    trainer = pl.Trainer(
+        strategy="lightrft_fake", accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=iterations,
+        callbacks=[VLLMRollout(ARGS, **settings), *callbacks], logger=False, enable_checkpointing=bool(callbacks),
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    sampling = SamplingParams(n=8, max_new_tokens=4)
+    reward = lambda completion: completion.count("7") / 4  # noqa: E731
+    module = RLHFModule(tiny_llama(seed=0, layers=2), reward, TOKENIZER, sampling, lr=3e-3, seed=1)
+    data = PromptDataModule([{"prompt": f"{a}+2="} for a in range(32)], batch_size=8, tokenizer=TOKENIZER)
+    return trainer, module, data
+
+
+@contextmanager
+def sync_switched_off():
+    """The first update arrives, the later ones do not."""
+    load, arrived = WeightSyncWorker.lightrft_load, []
+
+    def stuck(self, bucket):
+        arrived.append([(name, tensor.clone()) for name, tensor in bucket])
+        load(self, arrived[0])
+
+    with mock.patch.object(WeightSyncWorker, "lightrft_load", stuck):
+        yield
+
+
+def check_without_sync_verification_and_drift_both_fire():
+    with sync_switched_off():
+        trainer, module, data = trainer_and_module()
+        with pytest.raises(WeightMismatchError, match="after the update to version 1 the engine does not hold"):
+            trainer.fit(module, data)
+        trainer, module, data = trainer_and_module(verify="off", drift_limit=0.01)
+        with pytest.raises(DriftError, match=r"differ by \d+(\.\d+)? nats on average, more than drift_limit=0.01"):
+            trainer.fit(module, data)
+        assert module.iteration > 1
+    trainer, module, data = trainer_and_module(drift_limit=1e-4)
+    trainer.fit(module, data)
+    assert module.iteration == 3
+
+
+def check_a_resumed_run_gives_the_same_bits():
+    keep = ModelCheckpoint(FOLDER / "ckpt", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer, module, data = trainer_and_module(keep, iterations=4)
+    trainer.fit(module, data)
+    whole = copy.deepcopy(module.actor.state_dict())
+    trainer, module, data = trainer_and_module(ModelCheckpoint(FOLDER / "other"), iterations=4)
+    trainer.fit(module, data, ckpt_path=FOLDER / "ckpt" / "step=2.ckpt")
+    assert module.iteration == 4 and module.rollout_engine.version == 4
+    assert all(torch.equal(whole[name], value) for name, value in module.actor.state_dict().items())
+
+
+def check_wrong_engine_arguments_are_refused_before_anything_loads():
+    for given, words in (
+        ({"max_modle_len": 64}, "unknown argument of vLLM 'max_modle_len'. Did you mean 'max_model_len'"),
+        ({"model": "gpt2"}, "engine_args['model']='gpt2': VLLMRollout sets this itself, leave it out"),
+    ):
+        with pytest.raises(ValueError) as error:
+            VLLMRollout(given)
+        assert words in str(error.value)
+    for settings in (
+        {"verify": "some"},
+        {"bucket_mb": 0},
+        {"sleep_level": 3},
+        {"deadline": 0},
+        {"tensor_parallel_size": 0},
+    ):
+        (name,) = settings
+        with pytest.raises(ValueError, match=rf"VLLMRollout\({name}="):
+            VLLMRollout(**settings)
+
+
+if __name__ == "__main__":
+    checks.run(dict(globals()))

@@ -1,0 +1,47 @@
+"""Real vLLM (its CPU build) in real processes; the checks themselves are in jobs/."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "jobs"
+JOBS = {
+    ("vllm_engine",): 1,
+    ("vllm_training", "lightrft_fake"): 1,
+    ("vllm_training", "lightrft_fsdp"): 2,
+    ("vllm_training", "lightrft_deepspeed_stage_3"): 2,
+    ("vllm_tensor_parallel",): 2,
+}
+"""Script and arguments, and on how many processes each runs."""
+CHECKS = [
+    (job, check)
+    for job in JOBS
+    for check in re.findall(r"^def (check_\w+)", (FOLDER / f"{job[0]}.py").read_text(), re.M)
+]
+
+
+@pytest.fixture(scope="module")
+def results(run_ranks, tmp_path_factory):
+    """What came of each check, by job and rank."""
+    cache = {}
+
+    def of(job):
+        if job not in cache:
+            script, *arguments = job
+            folder = tmp_path_factory.mktemp(script)
+            env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
+            run_ranks(FOLDER / f"{script}.py", folder, *arguments, world_size=JOBS[job], timeout=280, env=env)
+            cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(JOBS[job])]
+        return cache[job]
+
+    return of
+
+
+@pytest.mark.parametrize(("job", "check"), CHECKS)
+def test_in_real_processes(results, job, check):
+    for rank in results(job):
+        assert rank[check] == "ok", rank[check]
