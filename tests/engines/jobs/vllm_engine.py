@@ -207,7 +207,7 @@ def changed_on_the_way(change):
 
 def check_every_wrong_tensor_is_named():
     model = random_model()
-    with engine_of(model) as (engine, strategy):
+    with engine_of(model) as (_, strategy):
         for wrong in [name for name, _ in PolicyWeights(strategy, model)]:
             spoiled = lambda name, tensor, wrong=wrong: tensor * 1.001 if name == wrong else tensor  # noqa: E731
             with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError) as error:
