@@ -44,7 +44,8 @@ DEFAULT_CALLBACKS = (
 DESCRIPTION = (
     "Reinforcement fine-tuning of language models inside PyTorch Lightning. Settings come from YAML files and flags, "
     "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4. "
-    "Checkpoints as Hugging Face folders, and back: lightrft convert --help"
+    "Checkpoints as Hugging Face folders, and back: lightrft convert --help. "
+    "An engine in a process or on a machine of its own: lightrft serve --help"
 )
 
 
@@ -104,8 +105,11 @@ def main(args: Sequence[str] | None = None) -> int:
     for noise in ("isinstance.*LeafSpec", "The .* does not have many workers", "Total length of .* is zero"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     try:
-        import_extra("jsonargparse", "cli")
         given = sys.argv[1:] if args is None else list(args)
+        if given[:1] == ["serve"]:
+            _serve(given[1:])
+            return 0
+        import_extra("jsonargparse", "cli")
         if given[:1] == ["convert"]:
             convert.main(given[1:])
         else:
@@ -116,6 +120,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lightrft: error: {err}", file=sys.stderr)
         return 1
     return 0
+
+
+def _serve(args: Sequence[str]) -> None:
+    for module in ("starlette", "uvicorn"):
+        import_extra(module, "server")
+    from lightrft_lightning.engines import server
+
+    server.main(args)
 
 
 def _is_ours(err: Exception) -> bool:

@@ -1,0 +1,129 @@
+"""A server process that a trainer starts for itself, and that does not outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lightrft_lightning.engines._client import Unreachable
+from lightrft_lightning.engines._wire import ANNOUNCEMENT, KEY_VARIABLE
+
+log = logging.getLogger(__name__)
+
+KEPT_LINES = 200
+SHOWN_LINES = 10
+GRACE = 5.0
+"""Seconds that the server has to end by itself."""
+OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "NODE_RANK", "MASTER_", "TORCHELASTIC_")
+"""Variables by which an engine would take itself for one of the training processes."""
+
+
+class ServerProcess:
+    """Runs a command that prints `ANNOUNCEMENT`; its output is read for as long as it lives.
+
+    Args:
+        command: program and arguments; it must end when its standard input is closed.
+        key: goes to it as an environment variable, which other users cannot see.
+        log_file: gets its output appended. A file that cannot be written costs a warning.
+    """
+
+    def __init__(self, command: Sequence[str], key: str, log_file: Path | None) -> None:
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._announced = threading.Event()
+        self._url = ""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_LAUNCHER)}
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**inherited, KEY_VARIABLE: key, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C is for the trainer, which then ends the server
+        )
+        self._reader = threading.Thread(target=self._drain, args=(log_file,), daemon=True, name="server's output")
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def url(self, deadline: float) -> str:
+        """Where the server listens, once it does.
+
+        Raises:
+            Unreachable: it ended before, or says nothing for `deadline` seconds.
+        """
+        end = time.monotonic() + deadline
+        while not self._announced.wait(0.05):
+            if (code := self._process.poll()) is not None:
+                raise Unreachable(f"the server ended at its start with exit code {code}")
+            if time.monotonic() > end:
+                raise Unreachable(f"the server did not start within deadline={deadline:.3g} s")
+        return self._url
+
+    def alive(self, patience: float = 0.0) -> bool:
+        """Whether it runs, also after so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        return self._process.poll() is None
+
+    def last_lines(self) -> list[str]:
+        """The end of its output; the very end if it has just died."""
+        if not self.alive(0.2):
+            self._reader.join(1.0)
+        return list(self._lines)[-SHOWN_LINES:]
+
+    def stop(self) -> None:
+        """End it and the processes that it has started. Idempotent."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            if self.alive():  # otherwise its number may be another process's by now
+                os.killpg(self._process.pid, kind)
+                self.alive(GRACE)
+
+    def _drain(self, log_file: Path | None) -> None:
+        """A full pipe would stop the server, so nothing may stop this."""
+        output = self._process.stdout
+        assert output is not None
+        with contextlib.ExitStack() as stack:
+            file = _opened(log_file, stack)
+            for line in iter(lambda: output.readline(1 << 16), b""):
+                text = line.decode(errors="replace").rstrip()
+                self._lines.append(text)
+                if text.startswith(ANNOUNCEMENT):
+                    self._url = text.removeprefix(ANNOUNCEMENT)
+                    self._announced.set()
+                if file is not None and not _written(file, line):
+                    file = None
+
+
+def _opened(path: Path | None, stack: contextlib.ExitStack) -> BinaryIO | None:
+    if path is None:
+        return None
+    try:
+        return stack.enter_context(path.open("ab", buffering=0))
+    except OSError as err:
+        log.warning("log_file=%s cannot be opened (%s): the server's output is not kept", path, err.strerror)
+        return None
+
+
+def _written(file: BinaryIO, line: bytes) -> bool:
+    try:
+        file.write(line)
+    except OSError as err:
+        log.warning(
+            "log_file=%s cannot be written (%s): no more of the server's output is kept", file.name, err.strerror
+        )
+        return False
+    return True
