@@ -26,9 +26,14 @@ class WeightSyncWorker:
     vllm_config: Any
 
     def lightrft_begin_update(self) -> None:
-        from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
 
         with self._loading():
+            # An update that broke off leaves layers half loaded; without one, this does nothing.
+            finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
             initialize_layerwise_reload(self.model_runner.get_model())
 
     def lightrft_load(self, bucket: Bucket | str) -> None:
