@@ -124,7 +124,9 @@ class VLLMRollout(EngineWithCopy):
         """
         os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
         vllm = import_extra("vllm", "vllm")
-        memory = {"gpu_memory_utilization": 0.3} if torch.cuda.is_available() else {"kv_cache_memory_bytes": 1 << 30}
+        gpu = torch.cuda.is_available()
+        # On a CPU the default is 128 tokens a block, and only whole blocks of a prompt are shared by its completions.
+        memory = {"gpu_memory_utilization": 0.3} if gpu else {"kv_cache_memory_bytes": 1 << 30, "block_size": 32}
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks % self.tensor_parallel_size:
             raise ValueError(
@@ -135,11 +137,11 @@ class VLLMRollout(EngineWithCopy):
             "seed": 0,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
-            "enable_sleep_mode": bool(self.sleep_level) and torch.cuda.is_available(),
+            "enable_sleep_mode": bool(self.sleep_level) and gpu,
+            "tensor_parallel_size": self.tensor_parallel_size,  # a server has as many workers as it is told to
             **defaults,
             **self.engine_args,
             "model": folder,
-            "tensor_parallel_size": self.tensor_parallel_size,
             "worker_extension_cls": "lightrft_lightning.engines._vllm_worker.WeightSyncWorker",
         }
         if ranks > 1:
@@ -234,6 +236,8 @@ class VLLMRollout(EngineWithCopy):
                 engine.abort_request(list(open_requests))
 
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+        if 0 < sampling.temperature < 0.01:
+            raise ValueError(f"temperature={sampling.temperature}: vLLM would draw at 0.01; use 0 (greedy), or 0.01")
         limit = self._engine.model_config.max_model_len
         for i, prompt in enumerate(prompts):
             if not prompt:

@@ -131,6 +131,21 @@ def check_stop_strings_stay_and_sampling_follows_the_probabilities():
     assert statistic < 45, statistic  # chi-squared with 15 degrees of freedom: one in ten thousand is above
 
 
+def check_a_prompt_is_computed_once_for_its_completions():
+    model = random_model()
+    with engine_of(model, engine_args={"max_model_len": 256}) as (engine, _):
+        step, computed = engine._engine.engine_core.engine_core.model_executor.execute_model, []
+
+        def counted(scheduled, *args, **kwargs):
+            computed.append(scheduled.total_num_scheduled_tokens)
+            return step(scheduled, *args, **kwargs)
+
+        with mock.patch.object(engine._engine.engine_core.engine_core.model_executor, "execute_model", counted):
+            engine.generate([[3 + i % 12 for i in range(161)]], SamplingParams(n=8, max_new_tokens=3))
+    # 161 tokens are five blocks of 32, which are shared, and one token that each completion computes for itself.
+    assert sum(computed) <= 160 + 8 + 8 * 2, computed
+
+
 def check_groups_come_as_they_finish():
     model = random_model()
     with torch.no_grad():
@@ -148,6 +163,8 @@ def check_bad_requests_and_deadlines():
         ):
             with pytest.raises(ValueError, match=words):
                 engine.generate(prompts, SamplingParams(max_new_tokens=8))
+        with pytest.raises(ValueError, match=r"temperature=0.005: vLLM would draw at 0.01"):
+            engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, temperature=0.005))
         engine.deadline = 1e-4
         with pytest.raises(EngineError, match=r"32 of 32 prompts are not finished after deadline=0.0001 s"):
             engine.generate(PROMPTS, SamplingParams(max_new_tokens=40))
