@@ -21,8 +21,10 @@ from lightrft_lightning.models.loading import load_model, load_tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def create_hosted(name: str, engine_args: Mapping[str, Any], sleep_level: int = 0) -> EngineWithCopy:
-    """An engine that is not started yet.
+def create_hosted(
+    name: str, engine_args: Mapping[str, Any], sleep_level: int = 0
+) -> tuple[EngineWithCopy, dict[str, Any]]:
+    """An engine that is not started yet, and what to tell its `start` besides the folder.
 
     Args:
         name: ``vllm``, ``transformers`` or ``sglang``.
@@ -34,15 +36,20 @@ def create_hosted(name: str, engine_args: Mapping[str, Any], sleep_level: int = 
         ImportError: the engine's package is not installed.
     """
     if name == "transformers":
-        return TransformersCopy(engine_args, sleep_level=sleep_level)
+        return TransformersCopy(engine_args, sleep_level=sleep_level), {}
+    # Not an argument of the engine's class: there, these are ranks of the training.
+    workers = (
+        {"tensor_parallel_size": engine_args["tensor_parallel_size"]} if "tensor_parallel_size" in engine_args else {}
+    )
+    others = {key: value for key, value in engine_args.items() if key not in workers}
     if name == "vllm":
         from lightrft_lightning.engines.vllm import VLLMRollout
 
-        return VLLMRollout(engine_args, sleep_level=sleep_level)
+        return VLLMRollout(others, sleep_level=sleep_level), workers
     if name == "sglang":
         from lightrft_lightning.engines.sglang import SGLangRollout
 
-        return SGLangRollout(engine_args, sleep_level=sleep_level)
+        return SGLangRollout(others, sleep_level=sleep_level), workers
     raise ValueError(unknown_name("engine", name, get_args(EngineType)))
 
 

@@ -116,7 +116,7 @@ class Hosted:
             yield
         except Exception as err:
             self._updating = False
-            self._unusable = f"the last update failed ({err}), send all weights again"
+            self._unusable = f"the last update failed ({str(err)[:200]}), send all weights again"
             raise
 
     def abandon(self) -> None:

@@ -320,7 +320,7 @@ def main(args: Sequence[str]) -> None:
     _check(given)
     key = _key(given.key_file)
     engine_args = _engine_args(given.engine_args)
-    engine = create_hosted(given.engine, engine_args, given.sleep_level)
+    engine, settings = create_hosted(given.engine, engine_args, given.sleep_level)
     listener = _listen(given.host, given.port)
     # SIGTERM, too, must reach the lines that put things in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -329,8 +329,9 @@ def main(args: Sequence[str]) -> None:
     most = given.max_request_mb << 20
     exchange, thread = Exchange(room=2 * most), EngineThread()
     try:
-        load = {"load_format": "dummy"} if given.empty_weights else {}
-        thread.submit(engine.start, given.model, **load).result()  # type: ignore[attr-defined]
+        if given.empty_weights:
+            settings["load_format"] = "dummy"
+        thread.submit(engine.start, given.model, **settings).result()  # type: ignore[attr-defined]
         about = {
             "engine": given.engine,
             "engine_version": importlib.import_module(given.engine).__version__,
