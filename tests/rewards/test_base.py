@@ -507,3 +507,62 @@ def test_bad_settings(settings, message):
 def test_endless_deadline():
     assert score(single, batch(2), deadline=math.inf)[0] == [0, 101]
     assert score(async_single, batch(2), deadline=math.inf)[0] == [0, 101]
+
+
+# ------------------------------------------------------------------------------------------------------ in background
+
+
+@pytest.mark.parametrize("function", SHAPES)
+def test_background_gives_the_same_rewards(function):
+    samples = batch(12)
+    with Rewards(function).in_background() as scoring:
+        for start in range(0, 12, 3):
+            scoring.add(samples[start : start + 3])
+        report = scoring.finish()
+    assert [t.reward for t in samples] == [i * 101 for i in range(12)] and report == RewardReport(samples=12)
+
+
+def test_background_starts_at_once_and_sums_its_reports():
+    begun = threading.Event()
+
+    def fails_once(completion):
+        begun.set()
+        return {"0": 1.0, "1": math.nan}[completion]
+
+    samples = batch(3)
+    with Rewards(fails_once).in_background() as scoring:
+        scoring.add(samples[:1])
+        assert begun.wait(10)
+        scoring.add(samples[1:])
+        report = scoring.finish()
+    assert report == RewardReport(samples=3, failed=2, non_finite=1)
+
+
+def test_background_shows_batch_functions_the_whole_batch():
+    sizes = []
+
+    def whole(completions):
+        sizes.append(len(completions))
+        return [0.0] * len(completions)
+
+    samples = batch(6)
+    with Rewards([whole, lambda completion: 1.0]).in_background() as scoring:
+        scoring.add(samples[:2])
+        time.sleep(0.1)
+        scoring.add(samples[2:])
+        scoring.finish()
+    assert sizes == [6] and all(t.reward == 1.0 for t in samples)
+
+
+def test_background_raises_what_scoring_raises():
+    with (
+        pytest.raises(ValueError, match="needs 'nothing', which is no option"),
+        Rewards(lambda completion, nothing: 0.0).in_background() as scoring,
+    ):
+        scoring.add(batch(2))
+        scoring.finish()
+
+
+def test_background_with_nothing_to_score():
+    with Rewards(single).in_background() as scoring:
+        assert scoring.finish() == RewardReport(0)
