@@ -54,13 +54,20 @@ def create_hosted(
 
 
 def load_bucket(engine: EngineWithCopy, path: Path) -> None:
-    """Put the tensors of a safetensors file in place."""
+    """Put the tensors of a safetensors file in place.
+
+    Raises:
+        ValueError: it is no such file.
+    """
     from lightrft_lightning.engines.vllm import VLLMRollout
 
-    if isinstance(engine, VLLMRollout):  # its workers may be processes, which tensors cannot be handed to
-        engine._call("lightrft_load", str(path))
-        return
-    engine._load(list(import_extra("safetensors.torch", "hf").load_file(path).items()))
+    try:
+        if isinstance(engine, VLLMRollout):  # its workers may be processes, which tensors cannot be handed to
+            engine._call("lightrft_load", str(path))
+        else:
+            engine._load(list(import_extra("safetensors.torch", "hf").load_file(path).items()))
+    except import_extra("safetensors", "hf").SafetensorError as err:
+        raise ValueError(f"the weights are no safetensors file: {err}") from err
 
 
 def vocab_size(folder: str) -> int:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Request = tuple[Sequence[int], int]  # token ids, stream
 
+START = 300.0
+"""Seconds that a server of its own has to start, at least: the deadline of calls may be far shorter."""
 BACKOFF = 0.5
 """Seconds before the first repetition; twice as many before each further one."""
 
@@ -62,8 +64,9 @@ class RemoteRollout(EngineWithCopy):
         port: to listen on; 0: a free one, and
         log_file: gets the server's output.
         retries: how often a call is repeated.
-        settings: see `EngineWithCopy`. `deadline` is for each HTTP call as a whole, and for the start of a server. A
-            server that runs already must have been started with ``--sleep-level`` for a `sleep_level` above 0.
+        settings: see `EngineWithCopy`. `deadline` is for each HTTP call as a whole; a server of its own has at least
+            five minutes to start. For a `sleep_level` above 0, a server that runs already must have been started with
+            ``--sleep-level``.
 
     Raises:
         ValueError: an argument is out of range, or does not go with the others.
@@ -85,8 +88,8 @@ class RemoteRollout(EngineWithCopy):
         self.engine_args = dict(engine_args or {})
         self.log_file = None if log_file is None else Path(log_file)
         self._check_arguments()
-        key = key or os.environ.get(wire.KEY_VARIABLE)
-        if url is not None and not key:
+        key = (key or os.environ.get(wire.KEY_VARIABLE, "")).strip()
+        if url is not None and not (key and key.isascii() and key.isprintable()):
             raise ValueError(f"RemoteRollout(url={url!r}): set key=, or {wire.KEY_VARIABLE}, to the key of the server")
         self._key = key or secrets.token_urlsafe(32)
         self._client: Client | None = None
@@ -140,11 +143,11 @@ class RemoteRollout(EngineWithCopy):
 
     def _reach(self) -> str | None:
         """Start the server if need be, and become its trainer; returns the engine's data type, if it has one."""
-        end = time.monotonic() + self.deadline
-        url = self.url
+        url, patience = self.url, self.deadline if self.url is not None else max(START, self.deadline)
+        end = time.monotonic() + patience
         if url is None:
             self._server = ServerProcess(self._command(), self._key, self.log_file)
-            url = self._server.url(self.deadline)
+            url = self._server.url(patience)
         self._client = Client(url, self._key)
         about = self._client.call("GET", "/info", None, end - time.monotonic())
         try:

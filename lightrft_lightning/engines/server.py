@@ -53,6 +53,8 @@ T = TypeVar("T")
 
 KEEP_ALIVE = 3.0
 """Seconds between the lines that tell whether a session's trainer is still there."""
+MOMENT = 1.0
+"""Seconds that a new session waits for the one before, whose connection may just be closing."""
 LOST_AFTER = 20_000
 """Milliseconds after which a machine that acknowledges nothing counts as gone."""
 CLOSE = 5.0
@@ -218,6 +220,9 @@ class Service:
         body = wire.parse_object(await request.body())
         host = wire.get(body, "host", str, lambda v: 0 < len(v) <= 256, "a host's name")
         pid = wire.get(body, "pid", int, lambda v: v > 0, "a process's number")
+        end = time.monotonic() + MOMENT
+        while self.session is not None and time.monotonic() < end:
+            await asyncio.sleep(0.05)
         if (held := self.session) is not None:
             who = f"process {held.pid} on {held.host}, since {held.since}"
             raise HTTPException(409, f"another trainer is using this server: {who}. Stop it, or start another server")
@@ -327,7 +332,7 @@ def main(args: Sequence[str]) -> None:
     if given.exit_with_parent:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     most = given.max_request_mb << 20
-    exchange, thread = Exchange(room=2 * most), EngineThread()
+    thread, exchange = EngineThread(), Exchange(room=2 * most)
     try:
         if given.empty_weights:
             settings["load_format"] = "dummy"
