@@ -9,6 +9,7 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.engines.base import RolloutEngine
 from lightrft_lightning.engines.transformers import TransformersRollout
+from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.module import RLHFModule
 from lightrft_lightning.rewards import Rewards
@@ -43,6 +44,7 @@ __all__ = [
     "StrategyConfig",
     "Trajectory",
     "TransformersRollout",
+    "VLLMRollout",
     "available_strategies",
     "get_fake_strategy",
     "get_strategy",

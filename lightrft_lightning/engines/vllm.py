@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 import time
@@ -30,6 +31,13 @@ _Request = tuple[Sequence[int], int]  # token ids, stream
 
 OURS = {"model", "tokenizer", "tensor_parallel_size", "worker_extension_cls", "distributed_executor_backend"}
 """Engine arguments that follow from the model, the ranks or the weight sync."""
+
+GPU_DEFAULTS = {"gpu_memory_utilization": 0.3}
+CPU_DEFAULTS = {
+    "kv_cache_memory_bytes": 1 << 30,
+    "block_size": 32,  # in place of 128: only whole blocks of a prompt are shared by its completions
+    "enable_chunked_prefill": False,  # half a prompt, drawn with a seed, raises in vLLM's CPU build
+}
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, next to the weights
@@ -125,15 +133,13 @@ class VLLMRollout(EngineWithCopy):
         os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
         vllm = import_extra("vllm", "vllm")
         gpu = torch.cuda.is_available()
-        # On a CPU the default is 128 tokens a block, and only whole blocks of a prompt are shared by its completions.
-        memory = {"gpu_memory_utilization": 0.3} if gpu else {"kv_cache_memory_bytes": 1 << 30, "block_size": 32}
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks % self.tensor_parallel_size:
             raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} must divide the number of ranks, {ranks}"
             )
         arguments = {
-            **memory,
+            **(GPU_DEFAULTS if gpu else CPU_DEFAULTS),
             "seed": 0,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
@@ -148,10 +154,10 @@ class VLLMRollout(EngineWithCopy):
             arguments["distributed_executor_backend"] = "external_launcher"
             os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher does not set it
         self._owns_group = not dist.is_initialized()
+        engine, make_arguments = vllm.LLMEngine, vllm.EngineArgs  # their import sets up the logging that is made quiet
         # It seeds all random generators, and may be started while Lightning evaluates.
-        with isolate_rng(), torch.inference_mode(False), _threads_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu):
+            self._engine = engine.from_engine_args(make_arguments(**arguments))
         self.dtype = self._engine.model_config.dtype
 
     @override
@@ -218,7 +224,8 @@ class VLLMRollout(EngineWithCopy):
             for i, (prompt, stream) in enumerate(requests):
                 self._requests += 1
                 name = str(self._requests)
-                engine.add_request(name, {"prompt_token_ids": list(prompt)}, _vllm_sampling(sampling, stream))
+                (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt)}])
+                engine.add_request(name, rendered, _vllm_sampling(sampling, stream))
                 open_requests[name] = i
             while open_requests:
                 if time.monotonic() > end:
@@ -314,6 +321,24 @@ def _process_group_kept() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group = destroy
+
+
+@contextmanager
+def _quiet(gpu: bool) -> Iterator[None]:
+    """On a CPU, vLLM starts with a dozen warnings that a user can do nothing about."""
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    # At each update it names the tables of rotary embeddings, which no checkpoint holds. What is really missing is
+    # found when the weights are read back.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if not gpu:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextmanager

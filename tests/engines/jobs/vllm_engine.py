@@ -146,6 +146,13 @@ def check_a_prompt_is_computed_once_for_its_completions():
     assert sum(computed) <= 160 + 8 + 8 * 2, computed
 
 
+def check_more_prompts_than_fit_into_a_step():
+    prompts = [[3 + (i * k) % 12 for k in range(1, 51)] for i in range(96)]
+    with engine_of(random_model()) as (engine, _):
+        groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=4))
+    assert [len(group) for group in groups] == [4] * 96
+
+
 def check_groups_come_as_they_finish():
     model = random_model()
     with torch.no_grad():
