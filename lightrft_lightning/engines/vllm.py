@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
 import os
 import tempfile
@@ -26,6 +27,11 @@ from lightrft_lightning.experience.trajectory import Completion, FinishReason, S
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+HUNG = 60.0
+"""Seconds after its deadline that a call inside vLLM is taken for hung."""
 
 _Request = tuple[Sequence[int], int]  # token ids, stream
 
@@ -68,7 +74,8 @@ class VLLMRollout(EngineWithCopy):
         bucket_mb: the most MiB of tensors on their way at once in an update.
         sleep_level: 1 or 2: between rollouts the engine gives its GPU memory back (2: the weights as well, instead of
             moving them to the CPU); 0: it stays awake.
-        deadline: seconds that one rollout may take.
+        deadline: seconds that one rollout or update may take; a call that hangs in native code ends the process a
+            minute later, with a traceback.
         drift_warning: mean difference in nats between the engine's and the trainer's log-probabilities above which a
             warning is logged; None: never.
         drift_limit: the same above which training stops.
@@ -154,10 +161,11 @@ class VLLMRollout(EngineWithCopy):
             arguments["distributed_executor_backend"] = "external_launcher"
             os.environ.setdefault("RANK", str(dist.get_rank()))  # Lightning's own launcher does not set it
         self._owns_group = not dist.is_initialized()
-        engine, make_arguments = vllm.LLMEngine, vllm.EngineArgs  # their import sets up the logging that is made quiet
+        engine_args = vllm.EngineArgs(**arguments)
+        import_extra("vllm.logger", "vllm").configure_logging_if_needed(engine_args.create_logging_config())
         # It seeds all random generators, and may be started while Lightning evaluates.
         with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu):
-            self._engine = engine.from_engine_args(make_arguments(**arguments))
+            self._engine = vllm.LLMEngine.from_engine_args(engine_args)
         self.dtype = self._engine.model_config.dtype
 
     @override
@@ -233,7 +241,7 @@ class VLLMRollout(EngineWithCopy):
                         f"VLLMRollout: {len(open_requests)} of {len(requests)} prompts are not finished after "
                         f"deadline={self.deadline} s"
                     )
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), _ends_if_hung(end - time.monotonic()):
                     outputs = engine.step()
                 for output in outputs:
                     if output.finished:
@@ -279,7 +287,8 @@ class VLLMRollout(EngineWithCopy):
         """Call a method of `WeightSyncWorker` in every worker of this process."""
         if self._engine is None:
             raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) first")
-        results: list[Any] = self._engine.collective_rpc(method, args=args)
+        with _ends_if_hung(self.deadline):
+            results: list[Any] = self._engine.collective_rpc(method, args=args)
         return results
 
     # ---------------------------------------------------------------- memory
@@ -287,13 +296,15 @@ class VLLMRollout(EngineWithCopy):
     @override
     def sleep(self, level: int = 1) -> None:
         if self._engine is not None and not self._asleep and torch.cuda.is_available():
-            self._engine.sleep(level)
+            with _reported(f"sleep({level})"):
+                self._engine.sleep(level)
             self._asleep = True
 
     @override
     def wake_up(self) -> None:
         if self._engine is not None and self._asleep:
-            self._engine.wake_up()
+            with _reported("wake_up()"):
+                self._engine.wake_up()
             self._asleep = False
 
 
@@ -310,6 +321,28 @@ def _check_engine_args(given: Mapping[str, Any]) -> None:
 def _config_of(model: Any) -> Any:
     """The configuration of the model inside a PEFT wrapper, or of the model."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+
+
+@contextmanager
+def _ends_if_hung(deadline: float) -> Iterator[None]:
+    """Ends the process, with a traceback, if vLLM's native code has not come back long after the deadline.
+
+    Nothing else can end a call that hangs inside a kernel and holds the interpreter lock.
+    """
+    faulthandler.dump_traceback_later(max(deadline, 0) + HUNG, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def _reported(call: str) -> Iterator[None]:
+    """Logs the GPU's free memory before and after."""
+    before = torch.cuda.mem_get_info()[0]
+    yield
+    after = torch.cuda.mem_get_info()[0]
+    log.info("VLLMRollout.%s: %.2f GiB of the GPU were free before, %.2f after", call, before / 2**30, after / 2**30)
 
 
 @contextmanager

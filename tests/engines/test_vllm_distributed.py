@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,11 @@ def results(run_ranks, tmp_path_factory):
 def test_in_real_processes(results, job, check):
     for rank in results(job):
         assert rank[check] == "ok", rank[check]
+
+
+def test_a_call_that_hangs_ends_the_process_with_its_place(run_ranks, tmp_path):
+    env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
+    start = time.monotonic()
+    (result,) = run_ranks(FOLDER / "vllm_hangs.py", tmp_path, world_size=1, timeout=120, env=env, check=False)
+    assert result.returncode == 1 and time.monotonic() - start < 90
+    assert "Timeout (0:00:0" in result.stderr and "engines/vllm.py" in result.stderr.replace("\\", "/")
