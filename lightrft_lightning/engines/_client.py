@@ -164,7 +164,7 @@ class Client:
             return await asyncio.wait_for(work, deadline)
         except (TimeoutError, asyncio.TimeoutError) as err:  # one and the same from Python 3.11
             waited = time.monotonic() - begin
-            raise Hanging(f"{self.url}: {what}: no complete answer within deadline={waited:.3g} s") from err
+            raise Hanging(f"{self.url}: {what}: no complete answer by the deadline, after {waited:.3g} s") from err
         except self._transport_error as err:
             cause = str(err) or "the connection broke off"
             raise Unreachable(f"{self.url}: {what}: {type(err).__name__}: {cause}") from err

@@ -139,7 +139,19 @@ class RemoteRollout(EngineWithCopy):
         if self.url is None:
             self._folder = tempfile.TemporaryDirectory(prefix="lightrft_remote_")
             save_without_weights(model, tokenizer, self._folder.name)
-        return self._reach()
+        end = time.monotonic() + self.deadline
+        for failures in itertools.count():
+            try:
+                return self._reach()
+            except Unreachable as err:
+                pause = BACKOFF * 2**failures
+                # A server of its own that does not start would not do so the next time.
+                late = isinstance(err, Hanging) or time.monotonic() + pause > end
+                if self.url is None or late or failures >= self.retries:
+                    raise
+                self._hang_up()
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def _reach(self) -> str | None:
         """Start the server if need be, and become its trainer; returns the engine's data type, if it has one."""
@@ -395,8 +407,11 @@ class RemoteRollout(EngineWithCopy):
         safetensors = import_extra("safetensors.torch", "hf")
         if self._exchange is not None:
             file = self._exchange / f"sent-{secrets.token_hex(8)}.safetensors"
-            safetensors.save_file(tensors, file)
-            self._post("/weights/bucket", {"file": file.name})
+            try:
+                safetensors.save_file(tensors, file)
+                self._post("/weights/bucket", {"file": file.name})
+            finally:
+                file.unlink(missing_ok=True)  # the server has done so, unless it failed
             return
         data = safetensors.save(tensors)
         if len(data) > self._limit:
