@@ -68,7 +68,12 @@ def train(iterations, callbacks=(), **engine):
         enable_model_summary=False,
     )  # fmt: skip
     sampling = SamplingParams(n=8, max_new_tokens=4)
-    module = RLHFModule(tiny_llama(seed=0, layers=2), sevens, char_tokenizer(), sampling, lr=3e-3, seed=1)
+    model = tiny_llama(seed=0, layers=2)
+    model.config.tie_word_embeddings = (
+        True  # the head is one tensor with the embeddings, which vLLM's CPU build repacks
+    )
+    model.tie_weights()
+    module = RLHFModule(model, sevens, char_tokenizer(), sampling, lr=3e-3, seed=1)
     trainer.fit(module, PromptDataModule(PROMPTS, batch_size=8 // RANKS, tokenizer=char_tokenizer()))
     return curve
 
