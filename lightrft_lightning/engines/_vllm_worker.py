@@ -66,6 +66,25 @@ class WeightSyncWorker:
             held.unnamed = list(_unnamed(model, names))
         return held
 
+    def lightrft_read_adapter(self, number: int, ranks: Mapping[str, int]) -> dict[str, str]:
+        """Digests of an adapter's matrices as the layers compute with them; ``B`` has the scaling in it.
+
+        Args:
+            number: the adapter's id.
+            ranks: for each layer, by the name that it has in a checkpoint, the adapter's rank there.
+        """
+        manager, model = self.model_runner.lora_manager._adapter_manager, self.model_runner.get_model()
+        slot = manager.lora_index_to_id.index(number)
+        digests = {}
+        for name, rank in ranks.items():
+            path, _, shard = _target(model, f"{name}.weight") or ("", "", None)
+            layer = manager.modules.get(path)
+            if layer is not None:
+                i = "qkv".index(shard) if isinstance(shard, str) else shard or 0
+                digests[f"{name}.lora_A"] = digest(layer.lora_a_stacked[i][slot, 0, :rank])
+                digests[f"{name}.lora_B"] = digest(layer.lora_b_stacked[i][slot, 0, :, :rank])
+        return digests
+
     def _loading(self) -> Any:
         from vllm.config import set_current_vllm_config
 
@@ -76,8 +95,8 @@ class WeightSyncWorker:
         return stack
 
 
-def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Any] | None:
-    """Module and parameter that a checkpoint's tensor is loaded into, and which shard of it; None if there is none."""
+def _target(model: nn.Module, name: str) -> tuple[str, str, Any] | None:
+    """Module's path and parameter that a checkpoint's tensor is loaded into, and which shard of it; None if dropped."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     found = (name, None) if mapper is None else mapper._map_name_with_shard(name)
     if found is None:
@@ -90,6 +109,15 @@ def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Any] | None:
             where = members.index(last)
             shard = "qkv"[where] if fused == "qkv_proj" else where
             path = f"{parent}.{fused}" if parent else fused
+    return path, attribute, shard
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Any] | None:
+    """As `_target`, with the module itself; None if there is none."""
+    target = _target(model, name)
+    if target is None:
+        return None
+    path, attribute, shard = target
     try:
         module = model.get_submodule(path)
     except AttributeError:

@@ -10,19 +10,31 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.engines.base import EngineError
-from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Verify, merged
+from lightrft_lightning.engines.lora import active_adapter, layers, matrices
+from lightrft_lightning.engines.weight_sync import (
+    Bucket,
+    EngineWithCopy,
+    Held,
+    PolicyWeights,
+    Verify,
+    WeightMismatchError,
+    digest,
+    listed,
+    merged,
+)
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -70,6 +82,8 @@ class VLLMRollout(EngineWithCopy):
         engine_args: arguments of `vllm.EngineArgs`, passed on untouched. By default the data type is the trainer's,
             and the engine takes 30 % of a GPU's memory, or 1 GiB for its cache on a CPU.
         tensor_parallel_size: ranks that share an engine; it must divide the number of ranks on a node.
+        lora: how a LoRA model's weights are sent: ``merged`` into all others at every update, or the others once and
+            then the ``adapter`` alone (a hundredth of the bytes, and a slower engine).
         verify: what is compared after each update, see `EngineWithCopy`.
         bucket_mb: the most MiB of tensors on their way at once in an update.
         sleep_level: 1 or 2: between rollouts the engine gives its GPU memory back (2: the weights as well, instead of
@@ -89,6 +103,7 @@ class VLLMRollout(EngineWithCopy):
         self,
         engine_args: Mapping[str, Any] | None = None,
         tensor_parallel_size: int = 1,
+        lora: Literal["merged", "adapter"] = "merged",
         verify: Verify = "sample",
         bucket_mb: int = 256,
         sleep_level: int = 0,
@@ -106,10 +121,16 @@ class VLLMRollout(EngineWithCopy):
         )
         if tensor_parallel_size < 1:
             raise ValueError(f"VLLMRollout(tensor_parallel_size={tensor_parallel_size}): must be at least 1")
+        if lora not in ("merged", "adapter"):
+            raise ValueError(f"VLLMRollout(lora={lora!r}): must be 'merged' or 'adapter'")
+        if lora == "adapter" and tensor_parallel_size > 1:
+            raise ValueError(f"VLLMRollout(lora='adapter', tensor_parallel_size={tensor_parallel_size}): use 'merged'")
         self.engine_args = dict(engine_args or {})
         self.tensor_parallel_size = tensor_parallel_size
         self._engine: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.lora = lora
+        self._adapter: Any = None
         self._requests = 0
         self._asleep = self._owns_group = False
         _check_engine_args(self.engine_args)
@@ -120,6 +141,11 @@ class VLLMRollout(EngineWithCopy):
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if self._engine is not None:
             return
+        defaults = {}
+        if self.lora == "adapter":
+            rank = max(layer.r[active_adapter(model)] for layer in layers(model).values())
+            matrices(model)  # refuses what an adapter cannot hold
+            defaults = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
         self.tokenizer = tokenizer
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft_vllm_")
         _config_of(model).save_pretrained(self._folder.name)
@@ -128,7 +154,7 @@ class VLLMRollout(EngineWithCopy):
         if generation is not None:  # its end-of-sequence tokens
             generation.save_pretrained(self._folder.name)
         dtype = getattr(self.strategy, "compute_dtype", torch.float32)
-        self.start(self._folder.name, dtype=str(dtype).removeprefix("torch."), load_format="dummy")
+        self.start(self._folder.name, dtype=str(dtype).removeprefix("torch."), load_format="dummy", **defaults)
 
     def start(self, folder: str, **defaults: Any) -> None:
         """Start vLLM on a Hugging Face folder.
@@ -174,7 +200,7 @@ class VLLMRollout(EngineWithCopy):
             return
         with contextlib.nullcontext() if self._owns_group else _process_group_kept():
             self._engine.engine_core.shutdown()
-            self._engine = None  # its finalizer shuts down once more
+            self._engine = self._adapter = None  # its finalizer shuts down once more
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -233,7 +259,7 @@ class VLLMRollout(EngineWithCopy):
                 self._requests += 1
                 name = str(self._requests)
                 (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt)}])
-                engine.add_request(name, rendered, _vllm_sampling(sampling, stream))
+                engine.add_request(name, rendered, _vllm_sampling(sampling, stream), lora_request=self._adapter)
                 open_requests[name] = i
             while open_requests:
                 if time.monotonic() > end:
@@ -264,6 +290,53 @@ class VLLMRollout(EngineWithCopy):
                 )
 
     # ---------------------------------------------------------------- weights
+
+    @override
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """As in `EngineWithCopy`; with ``lora="adapter"`` the weights must be `PolicyWeights`."""
+        if self.lora == "merged":
+            return super().update_weights(named_tensors, version)
+        if not isinstance(named_tensors, PolicyWeights):
+            raise TypeError(f"lora='adapter' needs PolicyWeights(strategy, model), got {type(named_tensors).__name__}")
+        if self._adapter is None:
+            base = PolicyWeights(named_tensors.strategy, named_tensors.model, adapter=False)
+            super().update_weights(base, version)
+        self._set_adapter(named_tensors, version)
+        self.version = version
+
+    def _set_adapter(self, weights: PolicyWeights, version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        tensors = weights.adapter()
+        before, number = self._adapter, 1 if self._adapter is None else self._adapter.lora_int_id + 1
+        with tempfile.TemporaryDirectory(prefix="lightrft_adapter_") as folder:
+            weights.model.peft_config[active_adapter(weights.model)].save_pretrained(folder)
+            import_extra("safetensors.torch", "hf").save_file(
+                tensors, os.path.join(folder, "adapter_model.safetensors")
+            )
+            self._adapter = LoRARequest(f"policy-{version}", number, folder)
+            if before is not None:
+                self._engine.remove_lora(before.lora_int_id)
+            with _ends_if_hung(self.deadline), torch.inference_mode(False), torch.no_grad():
+                self._engine.add_lora(self._adapter)
+        self._engine.reset_prefix_cache()
+        if self.verify != "off":
+            self._compare_adapter(weights.model, tensors, version)
+
+    def _compare_adapter(self, model: Any, tensors: Mapping[str, Tensor], version: int) -> None:
+        name = active_adapter(model)
+        expected, ranks = {}, {}
+        for path, layer in layers(model).items():
+            a, b = (tensors[f"{path}.lora_{x}.weight"].to(self.dtype) for x in "AB")
+            short = path.removeprefix("base_model.model.")
+            ranks[short] = a.shape[0]
+            expected[f"{short}.lora_A"], expected[f"{short}.lora_B"] = digest(a), digest(b * layer.scaling[name])
+        (held,) = self._call("lightrft_read_adapter", self._adapter.lora_int_id, ranks)
+        if wrong := [n for n, value in expected.items() if held.get(n) != value]:
+            raise WeightMismatchError(
+                f"VLLMRollout: after the update to version {version} the engine does not hold the trainer's "
+                f"{listed(wrong)}"
+            )
 
     @override
     def _begin_update(self) -> None:

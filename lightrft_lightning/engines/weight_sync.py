@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.engines import lora
 from lightrft_lightning.engines.base import EngineError
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ class PolicyWeights:
     Args:
         strategy: holds the weights.
         model: a Hugging Face model, or a wrapper with one as its `model`.
+        adapter: False leaves LoRA matrices out instead of merging them.
 
     Raises:
-        ValueError: adapters that cannot be merged.
+        ValueError: while iterating: adapters that cannot be merged.
     """
 
-    def __init__(self, strategy: StrategyBase, model: nn.Module) -> None:
-        self.strategy = strategy
+    def __init__(self, strategy: StrategyBase, model: nn.Module, adapter: bool = True) -> None:
+        self.strategy, self._with_adapter = strategy, adapter
         inner: Any = model if hasattr(model, "config") else getattr(model, "model", model)
         self.model = inner
         self._aliases: dict[str, list[str]] = {}
@@ -62,45 +64,16 @@ class PolicyWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         tensors: Iterator[tuple[str, Tensor]] = self.strategy.named_full_tensors(self.model)
-        if hasattr(self.model, "peft_config"):
-            tensors = _merged(self.model, tensors)
+        if lora.has_adapters(self.model):
+            tensors = lora.merged(self.model, tensors) if self._with_adapter else lora.without(self.model, tensors)
         for name, tensor in tensors:
             for alias in (name, *self._aliases.get(name, ())):
                 yield alias.removeprefix("base_model.model."), tensor
 
-
-def _merged(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Base weights plus the active adapter's ``scaling * B @ A``, under the names that they have without PEFT."""
-    adapters = list(model.active_adapters)
-    if len(adapters) != 1:
-        raise ValueError(f"the active adapters are {adapters}: weights can be sent with exactly one")
-    adapter = adapters[0]
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    for name, layer in layers.items():
-        if adapter in getattr(layer, "lora_magnitude_vector", {}) or adapter in layer.lora_embedding_A:
-            raise ValueError(f"{name}: only plain LoRA of linear layers can be merged for an engine")
-    waiting: dict[str, tuple[str, Tensor, Tensor | None]] = {}
-    for name, tensor in tensors:
-        where = next((k for k in layers if name.startswith(f"{k}.")), "")
-        part = name[len(where) + 1 :]
-        if not where:
-            if ".original_module." in name:
-                continue
-            yield name.replace(f".modules_to_save.{adapter}.", "."), tensor
-        elif part == "base_layer.weight" and adapter in layers[where].lora_A:
-            waiting[where] = (f"{where}.weight", tensor.clone(), None)
-        elif part.startswith("base_layer."):
-            yield f"{where}.{part.removeprefix('base_layer.')}", tensor
-        elif part == f"lora_A.{adapter}.weight":
-            base, weight, _ = waiting[where]
-            waiting[where] = (base, weight, tensor.clone())
-        elif part == f"lora_B.{adapter}.weight":
-            base, weight, a = waiting.pop(where)
-            assert a is not None
-            delta = (tensor.float() @ a.float()) * layers[where].scaling[adapter]
-            if layers[where].fan_in_fan_out:
-                delta = delta.T
-            yield base, (weight.float() + delta).to(weight.dtype)
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's matrices alone, on all ranks together, under the names of PEFT's own files."""
+        chosen = lora.matrices(self.model)
+        return {chosen[n]: t.clone() for n, t in self.strategy.named_full_tensors(self.model, set(chosen))}
 
 
 def in_buckets(tensors: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dtype | None) -> Iterator[Bucket]:
@@ -318,12 +291,12 @@ class EngineWithCopy(RolloutCallback):
             return
         what = f"{type(self).__name__}: after the update to version {expected.version}"
         if wrong := expected.mismatches(held.parts):
-            raise WeightMismatchError(f"{what} the engine does not hold the trainer's {_listed(wrong)}")
+            raise WeightMismatchError(f"{what} the engine does not hold the trainer's {listed(wrong)}")
         if held.unnamed:
-            raise WeightMismatchError(f"{what} the engine has {_listed(held.unnamed)}, which no weight was sent for")
+            raise WeightMismatchError(f"{what} the engine has {listed(held.unnamed)}, which no weight was sent for")
         if expected.wanted and not held.parts:
             raise WeightMismatchError(
-                f"{what} the engine cannot show any weight, e.g. {_listed(held.unreadable)}: "
+                f"{what} the engine cannot show any weight, e.g. {listed(held.unreadable)}: "
                 "set verify='off' to go on without verification"
             )
         if held.unreadable and not self._told:
@@ -352,6 +325,7 @@ class EngineWithCopy(RolloutCallback):
         """
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -357,9 +357,10 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
             yield
 
     @override
-    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         gathered = self._deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
-        for bucket in buckets(dict(model.named_parameters())):
+        chosen = {name: p for name, p in model.named_parameters() if names is None or name in names}
+        for bucket in buckets(chosen):
             free = [p for p in bucket.values() if hasattr(p, "ds_id")]
             with gathered(free) if gathered is not None and free else contextlib.nullcontext():
                 for name, parameter in bucket.items():

@@ -6,7 +6,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -281,9 +281,9 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
                 unit.set_reshard_after_forward(flag, recurse=False)
 
     @override
-    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         _reshard(model)
-        for name, parameter in super().named_full_tensors(model):
+        for name, parameter in super().named_full_tensors(model, names):
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -115,10 +115,16 @@ class InferenceEngines:
         engine = self._engine()
         engine.update_weights(PolicyWeights(self, actor), engine.version + 1)  # type: ignore[arg-type]
 
-    def named_full_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole values of all parameters, each once; all ranks must go through it together."""
+    def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole values of the parameters, each once; all ranks must go through it together.
+
+        Args:
+            model: as it was prepared, or a part of it.
+            names: leave out all others, and do not gather them.
+        """
         for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
+            if names is None or name in names:
+                yield name, parameter.detach()
 
     def _engine(self) -> RolloutEngine:
         if self.inference_engine is None:

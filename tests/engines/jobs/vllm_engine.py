@@ -261,15 +261,51 @@ def check_a_single_wrong_value_is_found_in_time():
             engine.update_weights(PolicyWeights(strategy, model), 0)
 
 
-def check_lora_is_sent_merged():
-    model = get_peft_model(random_model(), LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4))
+def lora_model():
+    targets = ["q_proj", "v_proj", "down_proj", "gate_proj"]
+    model = get_peft_model(random_model(tie=True), LoraConfig(target_modules=targets, r=3, lora_alpha=5))
+    return other_adapter(model, 2)
+
+
+def other_adapter(model, seed):
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
-    with engine_of(model, verify="all") as (engine, _):
-        assert greedy_agrees(engine, model)
-        with model.disable_adapter():
-            assert not greedy_agrees(engine, model)
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def check_lora_is_sent_merged_or_as_an_adapter():
+    for lora in ("merged", "adapter"):
+        model = lora_model()
+        with engine_of(model, verify="all", lora=lora) as (engine, strategy):
+            assert greedy_agrees(engine, model)
+            with model.disable_adapter():
+                assert not greedy_agrees(engine, model)
+            for version in (1, 2):
+                strategy.update_engine_weights(other_adapter(model, 10 + version))
+                assert engine.version == version and greedy_agrees(engine, model)
+
+
+def check_an_adapter_update_sends_the_adapter_alone_and_is_verified():
+    model = lora_model()
+    with engine_of(model, lora="adapter") as (engine, strategy):
+        sent = []
+        with changed_on_the_way(lambda name, tensor: sent.append(name)):
+            strategy.update_engine_weights(other_adapter(model, 5))
+        assert not sent and greedy_agrees(engine, model)
+        add = engine._engine.add_lora
+        engine._engine.add_lora = lambda request: add(request) and worker_layers(engine)[3].lora_b_stacked[0].mul_(1.01)
+        with pytest.raises(WeightMismatchError, match=r"does not hold the trainer's 'model\.layers.*\.lora_B'$"):
+            strategy.update_engine_weights(other_adapter(model, 6))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is trained, but an adapter holds LoRA matrices only"):
+        model.base_model.model.model.embed_tokens.weight.requires_grad_(True)
+        VLLMRollout(ARGS, lora="adapter").connect(model, TOKENIZER)
+
+
+def worker_layers(engine):
+    worker = engine._engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return list(worker.model_runner.lora_manager._adapter_manager.modules.values())
 
 
 # ------------------------------------------------------------------ in a Trainer

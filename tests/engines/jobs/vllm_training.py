@@ -11,6 +11,7 @@ import sys
 import checks
 import lightning.pytorch as pl
 import torch
+from peft import LoraConfig, get_peft_model
 
 from lightrft_lightning import PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
@@ -59,7 +60,7 @@ class Greedy(pl.Callback):
                 self.logprobs.append(scores.max(-1).values.tolist())
 
 
-def train(iterations, callbacks=(), **engine):
+def train(iterations, callbacks=(), adapter=False, **engine):
     curve = Curve()
     rollout = VLLMRollout({"enforce_eager": True, "max_model_len": 64}, **engine)
     trainer = pl.Trainer(
@@ -73,6 +74,8 @@ def train(iterations, callbacks=(), **engine):
         True  # the head is one tensor with the embeddings, which vLLM's CPU build repacks
     )
     model.tie_weights()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj", "up_proj"], r=4))
     module = RLHFModule(model, sevens, char_tokenizer(), sampling, lr=3e-3, seed=1)
     trainer.fit(module, PromptDataModule(PROMPTS, batch_size=8 // RANKS, tokenizer=char_tokenizer()))
     return curve
@@ -83,6 +86,12 @@ def check_reward_rises_and_logprobs_agree():
     assert sum(curve.rewards[-3:]) > sum(curve.rewards[:3]) + 0.6, curve.rewards
     assert max(curve.mismatch) < 1e-3, curve.mismatch
     assert curve.versions == [{i} for i in range(12)], curve.versions
+
+
+def check_adapters_arrive():
+    curve = train(6, adapter=True, lora="adapter")
+    assert max(curve.mismatch) < 1e-3, curve.mismatch
+    assert len(set(curve.rewards)) > 1
 
 
 def check_greedy_tokens_agree_after_three_steps():
