@@ -110,19 +110,13 @@ def test_a_full_disk_for_the_log_costs_one_warning(remote, warnings):
 def test_a_server_killed_in_mid_generation_is_replaced(strategy, remote):
     model = small_model(seed=1)
     remote.update_weights(PolicyWeights(strategy, model), 1)
+    start = time.monotonic()
     undisturbed = remote.generate(PROMPTS, SAMPLING)
-    server, answered = remote._server.pid, threading.Event()
-
-    def kill():
-        time.sleep(0.3)
-        assert not answered.is_set()
-        os.kill(server, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
+    server = remote._server.pid
+    kill = threading.Timer(0.3 * (time.monotonic() - start), os.kill, (server, signal.SIGKILL))
+    kill.start()
     disturbed = remote.generate(PROMPTS, SAMPLING)
-    answered.set()
-    thread.join()
+    kill.join()
     assert disturbed == undisturbed and gone(server) and not gone(remote._server.pid)
     assert remote.version == 1
 
