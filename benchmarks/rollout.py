@@ -55,11 +55,11 @@ def main() -> None:
     ]
     sampling = SamplingParams(n=args.n, max_new_tokens=args.max_new_tokens, temperature=args.temperature)
 
-    def plain() -> int:
+    def plain(sampling: SamplingParams) -> int:
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
         out = model.generate(
-            **batch, do_sample=True, temperature=args.temperature, top_k=0, num_return_sequences=args.n,
-            max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            **batch, do_sample=True, temperature=sampling.temperature, top_k=0, num_return_sequences=sampling.n,
+            max_new_tokens=sampling.max_new_tokens, pad_token_id=tokenizer.pad_token_id,
         )[:, batch["input_ids"].shape[1] :]  # fmt: skip
         ends = (out == tokenizer.eos_token_id).int()
         return int((ends.cumsum(1) - ends == 0).sum())  # up to and with the first end token
@@ -70,8 +70,8 @@ def main() -> None:
     ours = TransformersRollout()
     ours.connect(model, tokenizer)
 
-    def with_engine(engine: VLLMRollout | TransformersRollout) -> Callable[[], int]:
-        def run() -> int:
+    def with_engine(engine: VLLMRollout | TransformersRollout) -> Callable[[SamplingParams], int]:
+        def run(sampling: SamplingParams) -> int:
             vllm._engine.reset_prefix_cache()  # every round sees its prompts for the first time
             return sum(len(c.token_ids) for group in engine.generate(prompts, sampling) for c in group)
 
@@ -79,13 +79,14 @@ def main() -> None:
 
     programs = {"plain generate": plain, "TransformersRollout": with_engine(ours), "VLLMRollout": with_engine(vllm)}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    tokens = {}
-    for k in range(args.rounds + 1):
+    tokens: dict[str, int] = {}
+    for program in programs.values():  # warm up
+        program(SamplingParams(n=args.n, max_new_tokens=2, temperature=args.temperature))
+    for _ in range(args.rounds):
         for name, program in programs.items():
             start = time.perf_counter()
-            tokens[name] = program()
-            if k:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
+            tokens[name] = program(sampling)
+            seconds[name].append(time.perf_counter() - start)
     vllm.close()
     rates = {name: tokens[name] / median(seconds[name]) for name in programs}
     rows = [
