@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 KEY = "a-key-for-the-tests"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of servers: two threads that wait for a busy core are 50 times slower
 
 
 @pytest.fixture(scope="module")
