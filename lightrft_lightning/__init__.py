@@ -8,6 +8,7 @@ from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.engines.base import RolloutEngine
+from lightrft_lightning.engines.remote import RemoteRollout
 from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
@@ -36,6 +37,7 @@ __all__ = [
     "Prompt",
     "PromptDataModule",
     "RLHFModule",
+    "RemoteRollout",
     "Rewards",
     "RolloutCallback",
     "RolloutEngine",

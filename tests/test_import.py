@@ -18,8 +18,8 @@ ROOT = Path(lightrft_lightning.__file__).parents[1]
 NEEDED = ("torch", "lightning", "typing_extensions")
 OPTIONAL = ("transformers", "deepspeed", "vllm", "sglang", "datasets")
 PUBLIC = (
-    "DeepspeedStrategy", "FSDPV2Strategy", "FakeStrategy", "PromptDataModule", "RLHFModule", "RolloutCallback",
-    "StrategyBase", "StrategyConfig", "TransformersRollout", "get_fake_strategy", "get_strategy", "register_strategy",
+    "DeepspeedStrategy", "FSDPV2Strategy", "FakeStrategy", "PromptDataModule", "RLHFModule", "RemoteRollout",
+    "RolloutCallback", "StrategyBase", "StrategyConfig", "TransformersRollout", "VLLMRollout", "get_fake_strategy", "get_strategy", "register_strategy",
 )  # fmt: skip
 
 

@@ -159,9 +159,9 @@ def _rows(module: Any, attribute: str, shard: Any) -> list[tuple[int, int, int]]
     """Runs of rows as (first row here, how many, first row in the checkpoint's tensor); None for an unknown layout."""
     from vllm.model_executor.layers.linear import (
         ColumnParallelLinear,
+        LinearBase,
         MergedColumnParallelLinear,
         QKVParallelLinear,
-        RowParallelLinear,
     )
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -174,7 +174,8 @@ def _rows(module: Any, attribute: str, shard: Any) -> list[tuple[int, int, int]]
     if isinstance(module, ColumnParallelLinear):
         size = module.output_size_per_partition
         return [(0, size, module.tp_rank * size)]
-    size = module.output_size if isinstance(module, RowParallelLinear) else getattr(module, attribute).shape[0]
+    # A repacked layer's parameter is empty.
+    size = module.output_size if isinstance(module, LinearBase) else getattr(module, attribute).shape[0]
     return [(0, size, 0)]
 
 

@@ -28,6 +28,8 @@ class RolloutEngine(ABC):
     tokenizer: Any = None
     strategy: StrategyBase | None = None
     """What holds the weights, for engines that generate with the model in training."""
+    takes_images: bool = False
+    """Whether `generate` and `stream` take ``images=``: for each prompt the images that its placeholders stand for."""
     has_copy: bool = False
     """Whether the engine has weights of its own, which `update_weights` must bring up to date."""
 

@@ -28,6 +28,7 @@ from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+from lightrft_lightning.models.export import save_without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -451,15 +452,6 @@ class RemoteRollout(EngineWithCopy):
         if self._connected and self._asleep:
             self._repeat(partial(self._on_rank_0, partial(self._post, "/wake_up", {})))
             self._asleep = False
-
-
-def save_without_weights(model: Any, tokenizer: Any, folder: str) -> None:
-    """What an engine needs to build the model of, but for its weights: configuration, tokenizer, tokens that end."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
 
 
 def _reads(path: Path, content: str) -> bool:

@@ -36,6 +36,7 @@ from lightrft_lightning.engines.weight_sync import (
     merged,
 )
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+from lightrft_lightning.models.export import save_without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 HUNG = 60.0
 """Seconds after its deadline that a call inside vLLM is taken for hung."""
 
-_Request = tuple[Sequence[int], int]  # token ids, stream
+_Request = tuple[Sequence[int], int, Sequence[Any]]  # token ids, stream, images
 
 OURS = {"model", "tokenizer", "tensor_parallel_size", "worker_extension_cls", "distributed_executor_backend"}
 """Engine arguments that follow from the model, the ranks or the weight sync."""
@@ -148,11 +149,7 @@ class VLLMRollout(EngineWithCopy):
             defaults = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
         self.tokenizer = tokenizer
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft_vllm_")
-        _config_of(model).save_pretrained(self._folder.name)
-        tokenizer.save_pretrained(self._folder.name)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:  # its end-of-sequence tokens
-            generation.save_pretrained(self._folder.name)
+        save_without_weights(model, tokenizer, self._folder.name)
         dtype = getattr(self.strategy, "compute_dtype", torch.float32)
         self.start(self._folder.name, dtype=str(dtype).removeprefix("torch."), load_format="dummy", **defaults)
 
@@ -206,28 +203,48 @@ class VLLMRollout(EngineWithCopy):
 
     # ---------------------------------------------------------------- generation
 
+    @property
+    def takes_images(self) -> bool:  # type: ignore[override]
+        """Whether the model does."""
+        return self._engine is not None and bool(self._engine.model_config.is_multimodal_model)
+
     @override
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        streams: Sequence[int] | None = None,
+        images: Sequence[Sequence[Any]] | None = None,
     ) -> list[list[Completion]]:
         """As in `RolloutEngine`.
+
+        Args:
+            prompts: see there; each image of a prompt has one placeholder token in it.
+            sampling: see there.
+            streams: see there.
+            images: for each prompt its images, as PIL images; for models that take them.
 
         Raises:
             EngineError: it takes longer than `deadline`, or vLLM returns something else than asked for.
             ValueError: a prompt is empty, or too long for the engine together with `max_new_tokens`.
         """
-        groups = dict(self.stream(prompts, sampling, streams))
+        groups = dict(self.stream(prompts, sampling, streams, images))
         return [groups[i] for i in range(len(prompts))]
 
     @override
     def stream(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        streams: Sequence[int] | None = None,
+        images: Sequence[Sequence[Any]] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """As `generate`, group by group."""
         if self._engine is None:
             raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) before generate()")
         self._check(prompts, sampling)
-        mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, strict=True))
+        seen = [()] * len(prompts) if images is None else images
+        mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, seen, strict=True))
         first, everyones = 0, mine
         if self.tensor_parallel_size > 1:  # the ranks of a group run the same requests in step
             group = self._of_group(mine)
@@ -255,10 +272,11 @@ class VLLMRollout(EngineWithCopy):
         engine, end = self._engine, time.monotonic() + self.deadline
         open_requests: dict[str, int] = {}
         try:
-            for i, (prompt, stream) in enumerate(requests):
+            for i, (prompt, stream, images) in enumerate(requests):
                 self._requests += 1
                 name = str(self._requests)
-                (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt)}])
+                shown = {"multi_modal_data": {"image": list(images)}} if images else {}
+                (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt), **shown}])
                 engine.add_request(name, rendered, _vllm_sampling(sampling, stream), lora_request=self._adapter)
                 open_requests[name] = i
             while open_requests:
@@ -389,11 +407,6 @@ def _check_engine_args(given: Mapping[str, Any]) -> None:
             raise ValueError(f"engine_args[{name!r}]={given[name]!r}: VLLMRollout sets this itself, leave it out")
         if name not in known:
             raise ValueError(f"engine_args: {unknown_name('argument of vLLM', name, known)}")
-
-
-def _config_of(model: Any) -> Any:
-    """The configuration of the model inside a PEFT wrapper, or of the model."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).config
 
 
 @contextmanager

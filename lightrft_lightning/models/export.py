@@ -38,6 +38,17 @@ def save_pretrained(model: nn.Module, tokenizer: Any, output_dir: Path, *, merge
         tokenizer.save_pretrained(output_dir)
 
 
+def save_without_weights(model: Any, tokenizer: Any, folder: str) -> None:
+    """What an engine needs to build a model but for its weights: configuration, tokenizer, the tokens that end."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = copy.deepcopy(inner.config)
+    config.architectures = config.architectures or [_unsharded_class(inner).__name__]  # unset until a model is saved
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if getattr(inner, "generation_config", None) is not None:
+        inner.generation_config.save_pretrained(folder)
+
+
 def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     """A plain model in CPU memory like the sharded one `inner`.
 

@@ -82,7 +82,7 @@ class InferenceEngines:
             sampling_params: `SamplingParams`, or a mapping with its fields.
             all_prompt_token_ids: prompts as token ids, ragged; or
             all_prompts: prompts as text, tokenised by the engine's tokenizer.
-            all_images: images of each prompt; refused by engines of text models.
+            all_images: for each prompt its images, one for each placeholder in it; refused by engines of text models.
             sleep_engine: let the engine sleep afterwards if `enable_engine_sleep` is set.
 
         Returns:
@@ -91,8 +91,8 @@ class InferenceEngines:
         from lightrft_lightning.experience.trajectory import SamplingParams
 
         engine = self._engine()
-        if all_images is not None:
-            raise ValueError(f"all_images: {type(engine).__name__} generates from text only")
+        if all_images is not None and not engine.takes_images:
+            raise ValueError(f"all_images: {type(engine).__name__} generates from text only, with this model")
         if (all_prompt_token_ids is None) == (all_prompts is None):
             raise ValueError("give exactly one of all_prompt_token_ids and all_prompts")
         if all_prompt_token_ids is None:
@@ -103,7 +103,8 @@ class InferenceEngines:
         self.wakeup_inference_engine()
         rank, ranks = self.global_rank, self.world_size
         streams = [i * ranks + rank for i in range(len(all_prompt_token_ids))]
-        completions = engine.generate(all_prompt_token_ids, sampling_params, streams)
+        images: dict[str, Any] = {} if all_images is None else {"images": all_images}
+        completions = engine.generate(all_prompt_token_ids, sampling_params, streams, **images)
         if sleep_engine:
             self.maybe_sleep_inference_engine()
         return completions

@@ -593,7 +593,10 @@ def test_without_an_engine():
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"all_prompt_token_ids": [[1]], "all_images": ["cat.png"]}, ["all_images", "Echo generates from text only"]),
+        (
+            {"all_prompt_token_ids": [[1]], "all_images": ["cat.png"]},
+            ["all_images", "Echo generates from text only, with this model"],
+        ),
         ({"all_prompt_token_ids": [[1]], "all_prompts": ["a"]}, ["exactly one"]),
         ({}, ["exactly one"]),
     ],

@@ -11,10 +11,15 @@ from unittest import mock
 
 import checks
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams
 from lightrft_lightning.callbacks.rollout import DriftError
@@ -177,6 +182,54 @@ def check_bad_requests_and_deadlines():
             engine.generate(PROMPTS, SamplingParams(max_new_tokens=40))
         engine.deadline = 60
         assert len(engine.generate(PROMPTS[:3], SamplingParams(max_new_tokens=4))) == 3  # the others were given up
+
+
+def tiny_vision_model():
+    """An Idefics3 with 32x32 images of four tokens, and its processor."""
+    tokenizer = char_tokenizer()
+    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    shape = {"intermediate_size": 128, "num_hidden_layers": 2}
+    text = LlamaConfig(hidden_size=128, num_attention_heads=4, vocab_size=len(tokenizer), max_position_embeddings=256,
+                       bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)  # fmt: skip
+    vision = Idefics3VisionConfig(hidden_size=64, num_attention_heads=2, image_size=32, patch_size=8, **shape)
+    config = Idefics3Config(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    size = {"longest_edge": 32}
+    images = Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False)
+    torch.manual_seed(0)
+    return Idefics3ForConditionalGeneration(config), Idefics3Processor(images, tokenizer, image_seq_len=4)
+
+
+def check_several_images_a_prompt():
+    model, processor = tiny_vision_model()
+    generator = np.random.default_rng(0)
+    a, b = (Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(2))
+    images = [[a], [b], [a, b], [b, a], []]
+    place = processor.tokenizer.convert_tokens_to_ids("<image>")
+    prompts = [[3, *[place] * len(shown), 4, 5] for shown in images]
+    strategy = FakeStrategy()
+    engine = VLLMRollout({**ARGS, "max_model_len": 128, "limit_mm_per_prompt": {"image": 2}}, verify="all")
+    try:
+        strategy.setup_inference_engine(engine_type=engine, actor=model, tokenizer=processor)
+        strategy.update_engine_weights(changed(model))
+        sampling = {"n": 2, "max_new_tokens": 5}
+        groups = strategy.gather_and_generate(sampling, all_prompt_token_ids=prompts, all_images=images)
+    finally:
+        engine.close()
+    for prompt, shown, group in zip(prompts, images, groups, strict=True):
+        text = processor.tokenizer.decode(prompt)
+        inputs = processor(text=text, images=[shown] if shown else None, return_tensors="pt")
+        for c in group:
+            ids = torch.cat([inputs["input_ids"], torch.tensor([c.token_ids])], dim=1)
+            seen = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask") if k in inputs}
+            with torch.no_grad():
+                logits = model(input_ids=ids, **seen).logits[0, inputs["input_ids"].shape[1] - 1 : -1]
+            assert close(c.logprobs, logits.log_softmax(-1)[range(len(c.token_ids)), list(c.token_ids)].tolist())
+    with engine_of(random_model()) as (engine, strategy), pytest.raises(ValueError, match="generates from text only"):
+        strategy.gather_and_generate({}, all_prompt_token_ids=[[3]], all_images=[[a]])
 
 
 # ------------------------------------------------------------------ weights
