@@ -19,7 +19,8 @@ NEEDED = ("torch", "lightning", "typing_extensions")
 OPTIONAL = ("transformers", "deepspeed", "vllm", "sglang", "datasets")
 PUBLIC = (
     "DeepspeedStrategy", "FSDPV2Strategy", "FakeStrategy", "PromptDataModule", "RLHFModule", "RemoteRollout",
-    "RolloutCallback", "StrategyBase", "StrategyConfig", "TransformersRollout", "VLLMRollout", "get_fake_strategy", "get_strategy", "register_strategy",
+    "RolloutCallback", "StrategyBase", "StrategyConfig", "TransformersRollout", "VLLMRollout",
+    "get_fake_strategy", "get_strategy", "register_strategy",
 )  # fmt: skip
 
 
