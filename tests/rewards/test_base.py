@@ -468,6 +468,7 @@ def test_ctrl_c_passes_through(release):
 import os, signal, threading, time
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.rewards import Rewards
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 started = []
 def f(completion):
     started.append(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -9,6 +10,7 @@ from lightrft_lightning import FakeStrategy, SamplingParams
 from lightrft_lightning.engines.remote import RemoteRollout
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 tokenizer, strategy = char_tokenizer(), FakeStrategy()
 engine = RemoteRollout(engine="transformers", deadline=60.0)
 strategy.setup_inference_engine(engine_type=engine, actor=tiny_llama(seed=0, width=32, layers=2), tokenizer=tokenizer)
