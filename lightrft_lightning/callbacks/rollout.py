@@ -41,7 +41,8 @@ class RolloutCallback(Callback, RolloutEngine):
     drift_limit: float | None = None
     """The same above which training stops."""
     sleep_level: int = 0
-    """How deep the engine sleeps between rollouts; 0: it stays awake."""
+    """How deep the engine sleeps between rollouts; 0: it stays awake. At 2 it gives up its weights as well, which come
+    right before the next rollout."""
     stale: bool = True
     """Whether the engine may hold other weights than the trainer: it gets them before it generates the next time."""
 
@@ -58,16 +59,20 @@ class RolloutCallback(Callback, RolloutEngine):
         finally:
             if self.sleep_level:
                 self.sleep(self.sleep_level)
+            self.stale = self.stale or self.sleep_level == 2
 
     def sync(self, module: RLHFModule, version: int) -> None:
-        """Bring the engine's weights up to date; all ranks together. Logs the seconds as ``time/sync``."""
+        """Bring the engine's weights up to date; all ranks together."""
         from lightrft_lightning.engines.weight_sync import PolicyWeights
 
         assert module.actor is not None
+        self.wake_up()
         # Lightning evaluates in inference mode, whose tensors could not be changed afterwards.
-        with torch.inference_mode(False), torch.no_grad(), self.awake():
+        with torch.inference_mode(False), torch.no_grad():
             self.update_weights(PolicyWeights(module.strategy, module.actor), version)
         self.stale = False
+        if self.sleep_level == 1:
+            self.sleep(1)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -84,22 +89,32 @@ class RolloutCallback(Callback, RolloutEngine):
 
     def _start_evaluation(self, trainer: pl.Trainer, pl_module: RLHFModule) -> None:
         self.on_fit_start(trainer, pl_module)  # there is none in `trainer.validate` and its like
+
+    on_validation_start = on_test_start = on_predict_start = _start_evaluation  # type: ignore[assignment]
+
+    def _start_batch(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         if self.stale:
             self.sync(pl_module, self.version)
 
-    on_validation_start = on_test_start = on_predict_start = _start_evaluation  # type: ignore[assignment]
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _start_batch  # type: ignore[assignment]
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.stale:
-            self.sync(pl_module, self.version)
+            self._timed_sync(pl_module, self.version)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        start = time.perf_counter()
-        self.sync(pl_module, self.version + 1)
-        pl_module.log("time/sync", time.perf_counter() - start)
+        if self.sleep_level == 2:
+            self.version, self.stale = self.version + 1, True
+        else:
+            self._timed_sync(pl_module, self.version + 1)
         self._check_drift(trainer)
+
+    def _timed_sync(self, module: RLHFModule, version: int) -> None:
+        start = time.perf_counter()
+        self.sync(module, version)
+        module.log("time/sync", time.perf_counter() - start)
 
     def _check_drift(self, trainer: pl.Trainer) -> None:
         mean = float(trainer.callback_metrics.get("train/mismatch_mean", 0.0))

@@ -104,11 +104,20 @@ def test_a_resumed_run_goes_on_with_the_version(run, tmp_path):
 
 
 def test_sleeps_between_rollouts_and_updates(run):
-    engine = Recorded(sleep_level=2)
+    engine = Recorded(sleep_level=1)
     run(engine, iterations=1)
     assert engine.calls == [
-        "wake", "weights 0", "sleep 2", "wake", "train", "sleep 2", "wake", "weights 1", "sleep 2", "close",
+        "wake", "weights 0", "sleep 1", "wake", "train", "sleep 1", "wake", "weights 1", "sleep 1", "close",
     ]  # fmt: skip
+
+
+def test_weights_that_are_not_kept_come_before_every_rollout(run):
+    engine = Recorded(sleep_level=2)
+    trainer, _ = run(engine, limit_val_batches=1)
+    assert [call for call in engine.calls if call != "wake"] == [
+        "weights 0", "train", "sleep 2", "weights 1", "train", "sleep 2", "weights 2", "val", "sleep 2", "close",
+    ]  # fmt: skip
+    assert float(trainer.callback_metrics["time/sync"]) > 0 and engine.version == 2
 
 
 def test_drift_warns_and_stops(run, caplog):
