@@ -1,4 +1,4 @@
-"""The HTTP side of `RemoteRollout`: calls that end by their deadline, and the session."""
+"""HTTP calls that end by their deadline, and the session of a trainer with ``lightrft serve``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,8 +45,6 @@ class Client:
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
-        self.session: str | None = None
-        """The session's token while it is open."""
         httpx = import_extra("httpx", "server")
         self._transport_error: type[Exception] = httpx.TransportError
         self._http: Any = httpx.AsyncClient(
@@ -56,13 +54,12 @@ class Client:
             limits=httpx.Limits(max_keepalive_connections=0),  # no call may meet a connection that is just closing
             trust_env=url.startswith("https"),  # a proxy in the environment is not for engines nearby
         )
-        self._holding: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="RemoteRollout")
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rollout client")
         self._thread.start()
 
     def close(self) -> None:
-        """End the session and everything under way. Idempotent."""
+        """End everything under way. Idempotent."""
         if self._loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -98,20 +95,105 @@ class Client:
 
     def lines(self, path: str, body: dict[str, Any], deadline: float) -> Generator[dict[str, Any], None, None]:
         """The JSON objects of an answer with one in each line, as they arrive; raises what `call` raises."""
-        arrived: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
-        async def forward() -> None:
+        async def forward(put: Callable[[dict[str, Any]], None]) -> None:
             async for line in self._lines(path, body):
-                arrived.put(line)
+                put(line)
 
-        under_way = self._start(self._within(deadline, f"POST {path}", forward()))
+        return self._items(f"POST {path}", forward, deadline)
+
+    def _items(
+        self, what: str, produce: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]], deadline: float
+    ) -> Generator[T, None, None]:
+        """What `produce` puts out, as it comes."""
+        arrived: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        under_way = self._start(self._within(deadline, what, produce(arrived.put)))
         under_way.add_done_callback(lambda _: arrived.put(None))
         try:
-            while (line := arrived.get()) is not None:
-                yield line
+            while (item := arrived.get()) is not None:
+                yield item
             under_way.result()
         finally:
             under_way.cancel()  # closes the connection, so that the server stops generating
+
+    # ---------------------------------------------------------------- in the thread
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = self._start(work)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # after Ctrl-C
+
+    async def _within(self, deadline: float, what: str, work: Coroutine[Any, Any, T]) -> T:
+        begin = time.monotonic()
+        try:
+            return await asyncio.wait_for(work, deadline)
+        except (TimeoutError, asyncio.TimeoutError) as err:  # one and the same from Python 3.11
+            waited = time.monotonic() - begin
+            raise Hanging(f"{self.url}: {what}: no complete answer by the deadline, after {waited:.3g} s") from err
+        except self._transport_error as err:
+            cause = str(err) or "the connection broke off"
+            raise Unreachable(f"{self.url}: {what}: {type(err).__name__}: {cause}") from err
+
+    def _headers(self, body: dict[str, Any] | bytes | None) -> dict[str, str]:
+        return {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
+
+    async def _call(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> dict[str, Any]:
+        return self._parse(f"{method} {path}", await self._text(method, path, body))
+
+    async def _text(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> str:
+        content = json.dumps(body).encode() if isinstance(body, dict) else body
+        response = await self._http.request(method, path, content=content, headers=self._headers(body))
+        self._check(response, f"{method} {path}")
+        return str(response.text)
+
+    async def _lines(self, path: str, body: dict[str, Any]) -> Any:
+        content = json.dumps(body).encode()
+        async with self._http.stream("POST", path, content=content, headers=self._headers(body)) as response:
+            if response.status_code != 200:
+                await response.aread()
+            self._check(response, f"POST {path}")
+            async for line in response.aiter_lines():
+                yield self._parse(f"POST {path}", line)
+
+    def _parse(self, what: str, text: str) -> dict[str, Any]:
+        value = self._parse_any(what, text)
+        if not isinstance(value, dict):
+            raise EngineError(f"{self.url}: {what}: malformed answer, no JSON object: {shortened(value)}")
+        return value
+
+    def _parse_any(self, what: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as err:
+            raise EngineError(f"{self.url}: {what}: malformed answer, no JSON: {shortened(text)}") from err
+
+    def _check(self, response: httpx.Response, what: str) -> None:
+        status = response.status_code
+        if status == 200:
+            return
+        message = f"{self.url}: {what}: status {status}: {_reason(response)}"
+        if status in (502, 503):
+            raise Unreachable(message)
+        if status >= 500:
+            raise ServerFault(message)
+        if status == 401:
+            message += ". Set key=, or the variable LIGHTRFT_KEY, to the key that the server has"
+        raise EngineError(message)
+
+
+class SessionClient(Client):
+    """With the session that makes its holder the trainer of a ``lightrft serve``."""
+
+    def __init__(self, url: str, key: str) -> None:
+        super().__init__(url, key)
+        self.session: str | None = None
+        """The session's token while it is open."""
+        self._holding: asyncio.Task[None] | None = None
 
     def open_session(self, deadline: float) -> str | None:
         """Become the server's trainer, until `close`; returns the server's name of the weights that it has.
@@ -146,74 +228,15 @@ class Client:
         weights: str | None = self._wait(self._within(deadline, "POST /session", first())).get("weights")
         return weights
 
-    # ---------------------------------------------------------------- in the thread
-
-    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = self._start(work)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # after Ctrl-C
-
-    async def _within(self, deadline: float, what: str, work: Coroutine[Any, Any, T]) -> T:
-        begin = time.monotonic()
-        try:
-            return await asyncio.wait_for(work, deadline)
-        except (TimeoutError, asyncio.TimeoutError) as err:  # one and the same from Python 3.11
-            waited = time.monotonic() - begin
-            raise Hanging(f"{self.url}: {what}: no complete answer by the deadline, after {waited:.3g} s") from err
-        except self._transport_error as err:
-            cause = str(err) or "the connection broke off"
-            raise Unreachable(f"{self.url}: {what}: {type(err).__name__}: {cause}") from err
-
     def _headers(self, body: dict[str, Any] | bytes | None) -> dict[str, str]:
-        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
-        return {"Content-Type": kind, **({SESSION_HEADER: self.session} if self.session else {})}
-
-    async def _call(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> dict[str, Any]:
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
-        response = await self._http.request(method, path, content=content, headers=self._headers(body))
-        self._check(response, f"{method} {path}")
-        return self._parse(f"{method} {path}", response.text)
-
-    async def _lines(self, path: str, body: dict[str, Any]) -> Any:
-        content = json.dumps(body).encode()
-        async with self._http.stream("POST", path, content=content, headers=self._headers(body)) as response:
-            if response.status_code != 200:
-                await response.aread()
-            self._check(response, f"POST {path}")
-            async for line in response.aiter_lines():
-                yield self._parse(f"POST {path}", line)
-
-    def _parse(self, what: str, text: str) -> dict[str, Any]:
-        try:
-            value = json.loads(text)
-        except ValueError as err:
-            raise EngineError(f"{self.url}: {what}: malformed answer, no JSON: {shortened(text)}") from err
-        if not isinstance(value, dict):
-            raise EngineError(f"{self.url}: {what}: malformed answer, no JSON object: {shortened(value)}")
-        return value
-
-    def _check(self, response: httpx.Response, what: str) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        message = f"{self.url}: {what}: status {status}: {_reason(response)}"
-        if status in (502, 503):
-            raise Unreachable(message)
-        if status >= 500:
-            raise ServerFault(message)
-        if status == 401:
-            message += ". Set key=, or the variable LIGHTRFT_KEY, to the key that the server has"
-        raise EngineError(message)
+        return {**super()._headers(body), **({SESSION_HEADER: self.session} if self.session else {})}
 
 
 def _reason(response: httpx.Response) -> str:
     """What the server says in its own words, or the beginning of whatever it sent."""
     try:
-        return str(response.json()["error"])
-    except (ValueError, KeyError, TypeError):
+        answer = response.json()
+        said = answer.get("error") or answer["message"]
+        return str(said["message"] if isinstance(said, dict) else said)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return shortened(response.text)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra, unknown_name
-from lightrft_lightning.config import EngineType
+from lightrft_lightning.engines._wire import HOSTED
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Part, as_matrix, digest
@@ -27,8 +27,8 @@ def create_hosted(
     """An engine that is not started yet, and what to tell its `start` besides the folder.
 
     Args:
-        name: ``vllm``, ``transformers`` or ``sglang``.
-        engine_args: its arguments; `tensor_parallel_size` is taken by vLLM and SGLang.
+        name: ``vllm`` or ``transformers``.
+        engine_args: its arguments; vLLM takes `tensor_parallel_size` as well.
         sleep_level: deepest sleep that clients may ask for.
 
     Raises:
@@ -46,11 +46,7 @@ def create_hosted(
         from lightrft_lightning.engines.vllm import VLLMRollout
 
         return VLLMRollout(others, sleep_level=sleep_level), workers
-    if name == "sglang":
-        from lightrft_lightning.engines.sglang import SGLangRollout
-
-        return SGLangRollout(others, sleep_level=sleep_level), workers
-    raise ValueError(unknown_name("engine", name, get_args(EngineType)))
+    raise ValueError(unknown_name("engine", name, HOSTED))
 
 
 def load_bucket(engine: EngineWithCopy, path: Path) -> None:

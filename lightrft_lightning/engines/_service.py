@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import re
 import secrets
 import shutil
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -21,7 +19,7 @@ from starlette.requests import Request
 
 from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines._hosted import load_bucket
-from lightrft_lightning.engines.weight_sync import EngineWithCopy
+from lightrft_lightning.engines.weight_sync import EngineWithCopy, folder_in_memory
 
 T = TypeVar("T")
 
@@ -157,9 +155,7 @@ class Exchange:
     """
 
     def __init__(self, room: int) -> None:
-        memory = Path("/dev/shm")
-        usable = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= room
-        self.folder = Path(tempfile.mkdtemp(prefix="lightrft_", dir=memory if usable else None))
+        self.folder = folder_in_memory("lightrft_", room)
         self.nonce = secrets.token_hex(16)
         (self.folder / "nonce").write_text(self.nonce)
 

@@ -17,6 +17,8 @@ SESSION_HEADER = "X-LightRFT-Session"
 KEY_VARIABLE = "LIGHTRFT_KEY"
 ANNOUNCEMENT = "lightrft serve: listening on "
 """What the server prints once it has its port, followed by its URL."""
+HOSTED = ("vllm", "transformers")
+"""Engines that the server can have; SGLang is a server itself."""
 MOST_COMPLETIONS = 1 << 16
 """Per prompt; more is a mistake, and would fill the server's memory before anything is sampled."""
 

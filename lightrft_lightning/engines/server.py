@@ -30,7 +30,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -42,7 +42,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lightrft_lightning
-from lightrft_lightning.config import EngineType
 from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines._hosted import create_hosted, vocab_size
 from lightrft_lightning.engines._service import EngineThread, Exchange, Hosted
@@ -366,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightrft serve", description="An engine for RemoteRollout, behind HTTP.")
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder")
-    add("--engine", choices=get_args(EngineType), default="vllm")
+    add("--engine", choices=wire.HOSTED, default="vllm")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8421, help="0: a free one")
     add("--engine-args", default="{}", help="arguments of the engine, as a JSON object")

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import shutil
+import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -96,6 +100,13 @@ def in_buckets(tensors: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dt
         used += needed
     if bucket:
         yield bucket
+
+
+def folder_in_memory(prefix: str, room: int) -> Path:
+    """A new private folder, in memory if there are `room` bytes free."""
+    memory = Path("/dev/shm")
+    usable = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= room
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if usable else None))
 
 
 # -------------------------------------------------------------------- verification

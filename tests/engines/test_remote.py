@@ -137,7 +137,7 @@ def test_a_tensor_above_the_servers_limit_is_named_before_it_is_sent(strategy, r
 
 
 def test_prompts_that_the_engine_refuses_are_quoted(remote):
-    with pytest.raises(EngineError, match=r"RemoteRollout\('transformers'\): http.*status 400: prompts\[0\]=\[99\]"):
+    with pytest.raises(EngineError, match=r"Lossy\('transformers'\): http.*status 400: prompts\[0\]=\[99\]"):
         remote.generate([[99]], SAMPLING)
 
 
