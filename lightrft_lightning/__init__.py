@@ -9,6 +9,7 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.engines.base import RolloutEngine
 from lightrft_lightning.engines.remote import RemoteRollout
+from lightrft_lightning.engines.sglang import SGLangRollout
 from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
@@ -41,6 +42,7 @@ __all__ = [
     "Rewards",
     "RolloutCallback",
     "RolloutEngine",
+    "SGLangRollout",
     "SamplingParams",
     "StrategyBase",
     "StrategyConfig",

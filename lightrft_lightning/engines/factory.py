@@ -55,7 +55,9 @@ def _by_name(name: str, config: StrategyConfig) -> RolloutEngine:
 
         return VLLMRollout(**shared)
     if name == "sglang":
-        raise RuntimeError("engine_type='sglang' is not available yet in this release; use 'vllm' or 'transformers'")
+        from lightrft_lightning.engines.sglang import SGLangRollout
+
+        return SGLangRollout(**shared)
     if config.engine_tp_size != 1:
         raise ValueError(f"engine_tp_size={config.engine_tp_size}: the transformers engine has no tensor parallelism")
     from lightrft_lightning.engines.transformers import TransformersRollout
