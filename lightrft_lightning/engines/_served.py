@@ -21,7 +21,7 @@ from lightrft_lightning.engines._client import Hanging, ServerFault, Unreachable
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._wire import KEY_VARIABLE
 from lightrft_lightning.engines.base import EngineError
-from lightrft_lightning.engines.weight_sync import EngineWithCopy
+from lightrft_lightning.engines.weight_sync import EngineWithCopy, memory_reported
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 
@@ -360,11 +360,13 @@ class ServedRollout(EngineWithCopy):
     @override
     def sleep(self, level: int = 1) -> None:
         if self._connected and not self._asleep:
-            self._repeat(partial(self._on_rank_0, partial(self._send_to_sleep, level)))
+            with memory_reported(f"{self._name}.sleep({level})"):
+                self._repeat(partial(self._on_rank_0, partial(self._send_to_sleep, level)))
             self._asleep = True
 
     @override
     def wake_up(self) -> None:
         if self._connected and self._asleep:
-            self._repeat(partial(self._on_rank_0, self._wake))
+            with memory_reported(f"{self._name}.wake_up()"):
+                self._repeat(partial(self._on_rank_0, self._wake))
             self._asleep = False

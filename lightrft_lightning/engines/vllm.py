@@ -33,6 +33,7 @@ from lightrft_lightning.engines.weight_sync import (
     WeightMismatchError,
     digest,
     listed,
+    memory_reported,
     merged,
 )
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
@@ -387,14 +388,14 @@ class VLLMRollout(EngineWithCopy):
     @override
     def sleep(self, level: int = 1) -> None:
         if self._engine is not None and not self._asleep and torch.cuda.is_available():
-            with _reported(f"sleep({level})"):
+            with memory_reported(f"VLLMRollout.sleep({level})"):
                 self._engine.sleep(level)
             self._asleep = True
 
     @override
     def wake_up(self) -> None:
         if self._engine is not None and self._asleep:
-            with _reported("wake_up()"):
+            with memory_reported("VLLMRollout.wake_up()"):
                 self._engine.wake_up()
             self._asleep = False
 
@@ -420,15 +421,6 @@ def _ends_if_hung(deadline: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-@contextmanager
-def _reported(call: str) -> Iterator[None]:
-    """Logs the GPU's free memory before and after."""
-    before = torch.cuda.mem_get_info()[0]
-    yield
-    after = torch.cuda.mem_get_info()[0]
-    log.info("VLLMRollout.%s: %.2f GiB of the GPU were free before, %.2f after", call, before / 2**30, after / 2**30)
 
 
 @contextmanager

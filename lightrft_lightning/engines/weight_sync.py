@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -107,6 +108,18 @@ def folder_in_memory(prefix: str, room: int) -> Path:
     memory = Path("/dev/shm")
     usable = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= room
     return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if usable else None))
+
+
+@contextmanager
+def memory_reported(call: str) -> Iterator[None]:
+    """Logs the free memory of this process's GPU before and after."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.mem_get_info()[0]
+    yield
+    after = torch.cuda.mem_get_info()[0]
+    log.info("%s: %.2f GiB of the GPU were free before, %.2f after", call, before / 2**30, after / 2**30)
 
 
 # -------------------------------------------------------------------- verification
