@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,8 @@ def completion_logprobs(
         model: a Hugging Face causal language model, or a wrapper that contains one.
         batch: from `pack`, on the model's device.
         temperature: the sampling temperature; logits are divided by it.
-        chunk_size: tokens whose logits exist at the same time; the step's peak is about 4 times their float32 size.
+        chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
+            size.
         entropy: also compute the entropy of each distribution.
 
     Raises:
@@ -76,7 +78,8 @@ def completion_logprobs(
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
-        return _chunked(head, hidden_NH, batch.target, temperature, chunk_size, entropy)
+        chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
+        return _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy)
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
@@ -135,12 +138,25 @@ def _check_layout(causal_lm: PreTrainedModel, batch: PackedBatch) -> None:
             raise ValueError(f"the model attends to {name}={window} tokens, which is shorter than a completion" + fix)
 
 
+def _equally_many(causal_lm: PreTrainedModel, chunks: int) -> int:
+    """The largest number of chunks of any rank, if each chunk gathers the head's weights from all of them.
+
+    ZeRO-3 does; a rank with fewer chunks than the others would leave them waiting. The additional ones are empty.
+    """
+    partitioned = any(hasattr(p, "ds_id") for p in causal_lm.get_output_embeddings().parameters())
+    if not partitioned or not dist.is_initialized():
+        return max(chunks, 1)
+    most = torch.tensor(chunks, device=causal_lm.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return max(int(most), 1)
+
+
 def _chunked(
     head: Callable[[Tensor], Tensor],
     hidden_NH: Tensor,
     target_N: Tensor,
     temperature: float,
-    chunk_size: int,
+    chunks: int,
     entropy: bool,
 ) -> LogProbs:
     def score(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +171,7 @@ def _chunked(
         return logprobs_C, entropy_C
 
     logprobs, entropies = [], []
-    for hidden_CH, target_C in zip(hidden_NH.split(chunk_size), target_N.split(chunk_size), strict=True):
+    for hidden_CH, target_C in zip(hidden_NH.tensor_split(chunks), target_N.tensor_split(chunks), strict=True):
         if torch.is_grad_enabled():
             # The head draws no random numbers, so its state need not be kept for the second run.
             result = checkpoint(score, hidden_CH, target_C, use_reentrant=False, preserve_rng_state=False)

@@ -259,6 +259,27 @@ def recomputed(s, reentrant):
     return norms
 
 
+def check_ranks_may_have_unequal_numbers_of_chunks():
+    """At stage 3 every chunk of the head gathers its weights, all ranks together."""
+    for stage in STAGES:
+        norms = {}
+        for chunk_size in (1000, 3):
+            s = strategy(stage)
+            model, optimizer = trained(s)
+            samples = [
+                Trajectory(Prompt((3, 4, 5), ""), Completion((6 + k, 7, 8 + k, 9), (-1.0,) * 4, "stop"), group=0)
+                for k in range(1 + 4 * s.get_rank())
+            ]
+            batch = pack(samples, token_budget=64)[0]
+            norms[chunk_size] = []
+            for _ in range(2):
+                with torch.no_grad():
+                    completion_logprobs(model, batch, chunk_size=chunk_size)
+                s.backward(-completion_logprobs(model, batch, chunk_size=chunk_size).logprobs.mean(), model, optimizer)
+                norms[chunk_size].append(s.optimizer_step(optimizer, model, None))
+        assert norms[3] == pytest.approx(norms[1000], rel=1e-5), stage
+
+
 def check_ranks_may_run_unequal_numbers_of_passes_when_gathered():
     for stage in STAGES:
         s = strategy(stage)
