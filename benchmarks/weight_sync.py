@@ -57,7 +57,7 @@ def main() -> None:
     size = sum(tensor.nbytes for _, tensor in weights)
 
     def copy() -> None:
-        for _ in in_buckets(weights, 128 << 20, None):
+        for _ in in_buckets(weights, engine.bucket_bytes, None):
             pass
 
     source = torch.cat([tensor.detach().flatten() for _, tensor in weights])

@@ -84,6 +84,8 @@ class PolicyWeights:
 def in_buckets(tensors: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dtype | None) -> Iterator[Bucket]:
     """Copies of the tensors in `dtype`, in lists of at most `size` bytes; a larger tensor has a list of its own.
 
+    Each list is emptied when the next one is asked for, so that only one of them takes memory.
+
     Args:
         tensors: each may be overwritten once the next one is asked for.
         size: bytes.
@@ -96,6 +98,7 @@ def in_buckets(tensors: Iterable[tuple[str, Tensor]], size: int, dtype: torch.dt
         needed = tensor.numel() * target.itemsize
         if bucket and used + needed > size:
             yield bucket
+            bucket.clear()  # before the next one is made
             bucket, used = [], 0
         bucket.append((name, tensor.detach().to(target, copy=True).contiguous()))
         used += needed

@@ -89,7 +89,7 @@ def test_buckets_have_the_engines_type_and_at_most_the_size():
         ("y", torch.ones(100)),
         ("z", torch.ones(1)),
     ]
-    buckets = list(in_buckets(tensors, 50, torch.bfloat16))
+    buckets = [list(bucket) for bucket in in_buckets(tensors, 50, torch.bfloat16)]
     assert [[name for name, _ in bucket] for bucket in buckets] == [["x", "n"], ["y"], ["z"]]
     assert [t.dtype for bucket in buckets for _, t in bucket] == [
         torch.bfloat16,
