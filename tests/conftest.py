@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
+settings.register_profile("lightrft", deadline=None)  # a busy machine is no failure
+settings.load_profile("lightrft")
 
 
 @dataclass

@@ -8,6 +8,7 @@ each policy token, as `PackedBatch` has them; `policy_loss` is the front door fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -104,22 +105,165 @@ def ppo(
     Raises:
         ValueError: a clip is negative or `dual_clip` is at most 1.
     """
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(f"ppo(clip_low={clip_low!r}, clip_high={clip_high!r}): must be 0 or more")
+    _check_not_negative("ppo", clip_low=clip_low, clip_high=clip_high)
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"ppo(dual_clip={dual_clip!r}): must be above 1, or None to switch it off")
+    return _clipped(tokens.advantages, tokens.log_ratio, clip_low, clip_high, dual_clip)
+
+
+@POLICY_LOSSES.register("gspo")
+def gspo(tokens: PolicyTokens, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> TokenObjective:
+    """`ppo` on the ratio of the whole sequence, ``s = exp(mean log ratio)`` (GSPO, arXiv 2507.18071, eq. 5 and 7).
+
+    Every token of a sequence has the sequence's objective, so ``sequence_mean`` is the paper's mean over sequences.
+
+    Args:
+        tokens: see `PolicyTokens`.
+        clip_low: how far s may fall before the gradient ends.
+        clip_high: how far it may rise. The ranges are so narrow because the mean of a sequence moves little.
+
+    Raises:
+        ValueError: a clip is negative.
+    """
+    _check_not_negative("gspo", clip_low=clip_low, clip_high=clip_high)
+    log_ratio = _mean_of_sequence(tokens.log_ratio, tokens.sequence)
+    return _clipped(tokens.advantages, log_ratio, clip_low, clip_high)
+
+
+@POLICY_LOSSES.register("gmpo")
+def gmpo(tokens: PolicyTokens, *, clip_low: float = 0.4, clip_high: float = 0.4) -> TokenObjective:
+    """Geometric mean over the tokens of the clipped ratio, times A (GMPO, arXiv 2507.20673, equation 4).
+
+    Each token's ratio is clipped to [exp(-clip_low), exp(clip_high)] on the side where it would improve the objective.
+    Every token of a sequence has the sequence's objective.
+
+    Args:
+        tokens: see `PolicyTokens`.
+        clip_low: of the log-ratio, downwards.
+        clip_high: of the log-ratio, upwards.
+
+    Raises:
+        ValueError: a clip is negative.
+    """
+    _check_not_negative("gmpo", clip_low=clip_low, clip_high=clip_high)
     advantages, log_ratio = tokens.advantages, tokens.log_ratio
+    clipped = log_ratio.clamp(-clip_low, clip_high)
+    kept = torch.where(advantages > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
+    value = _mean_of_sequence(kept, tokens.sequence).exp() * advantages
+    return TokenObjective(value, _metrics(log_ratio, kept != log_ratio))
+
+
+@POLICY_LOSSES.register("cispo")
+def cispo(tokens: PolicyTokens, *, clip_low: float = 1.0, clip_high: float = 0.28) -> TokenObjective:
+    """The policy gradient weighted by the clipped ratio, ``clip(ratio) * A * log pi`` (CISPO, arXiv 2506.13585, eq. 4).
+
+    No token loses its gradient; the clip bounds its weight.
+
+    Args:
+        tokens: see `PolicyTokens`.
+        clip_low: the weight is at least ``1 - clip_low``; at 1 there is no lower bound, as in the paper.
+        clip_high: the weight is at most ``1 + clip_high``.
+
+    Raises:
+        ValueError: a clip is negative.
+    """
+    _check_not_negative("cispo", clip_low=clip_low, clip_high=clip_high)
+    log_ratio = tokens.log_ratio
+    ratio = log_ratio.exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    value = weight.detach() * tokens.advantages * tokens.log_probs
+    return TokenObjective(value, _metrics(log_ratio, weight != ratio))
+
+
+@POLICY_LOSSES.register("sapo")
+def sapo(tokens: PolicyTokens, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenObjective:
+    """A soft gate in place of the clip: ``4 / tau * sigmoid(tau * (ratio - 1)) * A`` (SAPO, arXiv 2511.20347).
+
+    At a ratio of 1 its gradient is the policy gradient; it fades on both sides.
+
+    Args:
+        tokens: see `PolicyTokens`.
+        tau_pos: temperature where A > 0; larger fades faster.
+        tau_neg: the same elsewhere.
+
+    Raises:
+        ValueError: a temperature is not above 0.
+    """
+    for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
+        if value <= 0:
+            raise ValueError(f"sapo({name}={value!r}): must be above 0")
+    log_ratio = tokens.log_ratio
+    temperatures = tokens.advantages.new_tensor([tau_neg, tau_pos])
+    tau = temperatures[(tokens.advantages > 0).long()]
+    gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
+    return TokenObjective(gate * tokens.advantages, _metrics(log_ratio, torch.zeros_like(log_ratio, dtype=torch.bool)))
+
+
+@POLICY_LOSSES.register("cpgd")
+def cpgd(
+    tokens: PolicyTokens, *, clip_low: float = 0.2, clip_high: float = 0.2, drift_coef: float = 1e-3
+) -> TokenObjective:
+    """The policy gradient with a clipped log-ratio, less a penalty for the drift (CPGD, arXiv 2505.12504).
+
+    ``min(log ratio * A, clip(log ratio, log(1 - clip_low), log(1 + clip_high)) * A) - drift_coef * KL(pi_old || pi)``,
+    the KL by its estimator ``ratio - 1 - log ratio``, which is unbiased on tokens of the old policy.
+
+    Args:
+        tokens: see `PolicyTokens`.
+        clip_low: how far the ratio may fall before the gradient ends.
+        clip_high: how far it may rise.
+        drift_coef: weight of the drift.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    _check_not_negative("cpgd", clip_low=clip_low, clip_high=clip_high, drift_coef=drift_coef)
+    if clip_low >= 1:
+        raise ValueError(f"cpgd(clip_low={clip_low!r}): must be below 1")
+    advantages, log_ratio = tokens.advantages, tokens.log_ratio
+    unclipped = log_ratio * advantages
+    value = torch.minimum(unclipped, log_ratio.clamp(math.log1p(-clip_low), math.log1p(clip_high)) * advantages)
+    drift = k3(-log_ratio)
+    return TokenObjective(value - drift_coef * drift, _metrics(log_ratio, value != unclipped))
+
+
+@POLICY_LOSSES.register("reinforce")
+def reinforce(tokens: PolicyTokens) -> TokenObjective:
+    """The policy gradient, ``A * log pi``, for tokens of the policy itself (Williams, 1992)."""
+    log_ratio = tokens.log_ratio
+    return TokenObjective(
+        tokens.advantages * tokens.log_probs, _metrics(log_ratio, torch.zeros_like(log_ratio, dtype=torch.bool))
+    )
+
+
+def _clipped(
+    advantages: Tensor, log_ratio: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> TokenObjective:
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
     value = torch.minimum(unclipped, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip is not None:
         value = torch.where(advantages < 0, torch.maximum(value, dual_clip * advantages), value)
-    metrics = {
-        "clip_fraction": (value != unclipped).to(ratio.dtype),
-        "ratio": ratio.detach(),
-        "approx_kl": k3(-log_ratio.detach()),
-    }
-    return TokenObjective(value, metrics)
+    return TokenObjective(value, _metrics(log_ratio, value != unclipped))
+
+
+def _metrics(log_ratio: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    log_ratio = log_ratio.detach()
+    return {"clip_fraction": clipped.to(log_ratio.dtype), "ratio": log_ratio.exp(), "approx_kl": k3(-log_ratio)}
+
+
+def _check_not_negative(name: str, **options: float) -> None:
+    if any(value < 0 for value in options.values()):
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"{name}({given}): must be 0 or more")
+
+
+def _mean_of_sequence(values: Tensor, sequence: Tensor) -> Tensor:
+    """``[N]`` the mean over a token's sequence, at each token."""
+    if not values.numel():
+        return values
+    sums = values.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, values)
+    return (sums / torch.bincount(sequence).clamp(min=1))[sequence]
 
 
 @AGGREGATIONS.register("token_mean")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -116,7 +116,6 @@ def test_padding_is_small_for_skewed_lengths() -> None:
     share=st.booleans(),
     row_length=st.none() | st.integers(1, 60),
 )
-@settings(deadline=None)
 def test_every_policy_token_is_there_once_within_the_budget(
     groups: list[tuple[int, list[int]]], budget: int, share: bool, row_length: int | None
 ) -> None:
