@@ -8,7 +8,9 @@ import dataclasses
 import logging
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,7 @@ class RLHFModule(pl.LightningModule):
         sampling: how training completions are drawn; `sampling.n` is the group size.
         val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
         advantage_estimator: name in `algorithms.ADVANTAGES`.
+        advantage_options: keywords of that estimator, e.g. ``{"gamma": 0.99}``.
         policy_loss: name in `algorithms.POLICY_LOSSES`.
         policy_loss_options: keywords of that loss, e.g. ``{"clip_high": 0.28}``.
         aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
@@ -88,6 +91,7 @@ class RLHFModule(pl.LightningModule):
         sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
         advantage_estimator: str = "group_norm",
+        advantage_options: dict[str, Any] | None = None,
         policy_loss: str = "ppo",
         policy_loss_options: dict[str, Any] | None = None,
         aggregation: str = "token_mean",
@@ -116,6 +120,7 @@ class RLHFModule(pl.LightningModule):
         self.sampling = sampling
         self.val_sampling = greedy if val_sampling is None else _as_sampling(val_sampling)
         self.advantage_estimator = advantage_estimator
+        self.advantage_options = dict(advantage_options or {})
         self.policy_loss = policy_loss
         self.policy_loss_options = dict(policy_loss_options or {})
         self.aggregation = aggregation
@@ -198,26 +203,32 @@ class RLHFModule(pl.LightningModule):
         ]
 
     def estimate_advantages(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Fill in the advantages; returns the trajectories of groups that can be compared, in order.
+        """Fill in the advantages; returns the trajectories that can be learnt from, in order. All ranks together.
 
-        Left out are samples whose reward failed, and groups that have fewer than two samples then.
+        Left out are samples whose reward failed, and, by estimators that compare the samples of a prompt, groups that
+        have fewer than two samples then.
         """
-        scored = [t for t in trajectories if t.reward is not None]
-        members: dict[int, int] = {}
-        for t in scored:
-            members[t.group] = members.get(t.group, 0) + 1
-        usable = [t for t in scored if members[t.group] >= 2]
-        if not usable:
-            return []
+        usable = [t for t in trajectories if t.reward is not None]
+        if self._compares_groups:
+            members = Counter(t.group for t in usable)
+            usable = [t for t in usable if members[t.group] >= 2]
         rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
         if self.reward_clip > 0:
             rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
-        groups = torch.tensor([t.group for t in usable])
-        values = algorithms.advantages(self.advantage_estimator, rewards, group_ids=groups).advantages
+        longest = max((len(t.mask) for t in usable), default=1)
+        mask = torch.tensor([[*t.mask] + [False] * (longest - len(t.mask)) for t in usable], dtype=torch.bool)
+        values = algorithms.advantages(
+            self.advantage_estimator,
+            rewards,
+            group_ids=torch.tensor([t.group for t in usable], dtype=torch.long),
+            mask=mask.reshape(-1, longest),
+            sum_over_ranks=partial(self.strategy.all_reduce, op="sum"),
+            **self.advantage_options,
+        ).advantages
         if self.advantage_clip > 0:
             values = values.clamp(-self.advantage_clip, self.advantage_clip)
-        for t, value in zip(usable, values.tolist(), strict=True):
-            t.advantages = (value,) * len(t.mask)
+        for t, row in zip(usable, values.tolist(), strict=True):
+            t.advantages = tuple(row[: len(t.mask)])
         return usable
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
@@ -558,6 +569,10 @@ class RLHFModule(pl.LightningModule):
                 raise ValueError(unknown_name(kind, name, valid))
         loss = algorithms.POLICY_LOSSES[self.policy_loss]
         algorithms.check_options("policy loss", self.policy_loss, loss, self.policy_loss_options)
+        estimator = algorithms.ADVANTAGES[self.advantage_estimator]
+        algorithms.check_options("advantage estimator", self.advantage_estimator, estimator, self.advantage_options)
+        if self.advantage_estimator == "gae":
+            raise ValueError("advantage_estimator='gae' needs a critic, which RLHFModule does not have yet")
         checks = {
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
@@ -573,9 +588,13 @@ class RLHFModule(pl.LightningModule):
                 raise ValueError(f"RLHFModule({name}={getattr(self, name)!r}): must be {allowed}")
         self._check_sampling()
 
+    @property
+    def _compares_groups(self) -> bool:
+        return getattr(algorithms.ADVANTAGES[self.advantage_estimator], "compares_groups", False)
+
     def _check_sampling(self) -> None:
         s = self.sampling
-        if s.n < 2:
+        if s.n < 2 and self._compares_groups:
             raise ValueError(
                 f"advantage_estimator={self.advantage_estimator!r} compares the completions of one prompt: "
                 f"sampling.n={s.n} must be at least 2"
@@ -597,8 +616,8 @@ class RLHFModule(pl.LightningModule):
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
         }
         names = (
-            "advantage_estimator", "policy_loss", "policy_loss_options", "aggregation", "kl_coef", "kl_estimator",
-            "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
+            "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "aggregation", "kl_coef",
+            "kl_estimator", "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
             "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})

@@ -1,7 +1,13 @@
 """Algorithms as pure functions on typed inputs, in tables that users extend with ``@TABLE.register("name")``."""
 
 from lightrft_lightning.algorithms._options import check_options
-from lightrft_lightning.algorithms.advantages import ADVANTAGES, AdvantageInputs, Advantages, advantages
+from lightrft_lightning.algorithms.advantages import (
+    ADVANTAGES,
+    AdvantageInputs,
+    Advantages,
+    advantages,
+    compares_groups,
+)
 from lightrft_lightning.algorithms.corrections import mismatch_metrics
 from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, kl_penalty
 from lightrft_lightning.algorithms.losses import (
@@ -30,6 +36,7 @@ __all__ = [
     "advantages",
     "aggregation_weights",
     "check_options",
+    "compares_groups",
     "kl_penalty",
     "mismatch_metrics",
     "policy_loss",

@@ -61,10 +61,17 @@ ADVANTAGES: Registry[AdvantageEstimator] = Registry("advantage estimator")
 """Name → function ``(AdvantageInputs, *, options) -> Advantages``."""
 
 
+def compares_groups(estimator: AdvantageEstimator) -> AdvantageEstimator:
+    """Mark an estimator that needs at least two completions of every prompt; `RLHFModule` leaves other groups out."""
+    estimator.compares_groups = True  # type: ignore[attr-defined]
+    return estimator
+
+
 # -------------------------------------------------------------------- by comparison within a group
 
 
 @ADVANTAGES.register("group_norm")
+@compares_groups
 def group_norm(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
     """GRPO: ``(r - mean) / (std + eps)`` within each group, unbiased std (arXiv 2402.03300).
 
@@ -81,6 +88,7 @@ def group_norm(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
 
 
 @ADVANTAGES.register("dr_grpo")
+@compares_groups
 def dr_grpo(inputs: AdvantageInputs) -> Advantages:
     """``r - mean`` within each group, not divided by anything (Dr. GRPO, arXiv 2503.20783).
 
@@ -96,6 +104,7 @@ def dr_grpo(inputs: AdvantageInputs) -> Advantages:
 
 
 @ADVANTAGES.register("rloo")
+@compares_groups
 def rloo(inputs: AdvantageInputs) -> Advantages:
     """``r`` less the mean of the *other* completions of its group (RLOO, arXiv 2402.14740).
 
@@ -111,12 +120,14 @@ def rloo(inputs: AdvantageInputs) -> Advantages:
 
 
 @ADVANTAGES.register("cpgd")
+@compares_groups
 def cpgd(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
     """The advantage that CPGD uses, `group_norm` (arXiv 2505.12504); it goes with the policy loss ``cpgd``."""
     return group_norm(inputs, eps=eps)
 
 
 @ADVANTAGES.register("reinforce_baseline")
+@compares_groups
 def reinforce_baseline(inputs: AdvantageInputs, *, eps: float = 1e-8) -> Advantages:
     """``r - mean`` within each group, then divided by its std over the global batch (arXiv 2501.03262, section 3.4).
 
