@@ -62,6 +62,9 @@ class RLHFModule(pl.LightningModule):
         advantage_options: keywords of that estimator, e.g. ``{"gamma": 0.99}``.
         policy_loss: name in `algorithms.POLICY_LOSSES`.
         policy_loss_options: keywords of that loss, e.g. ``{"clip_high": 0.28}``.
+        correction: name in `algorithms.CORRECTIONS`, for engines whose log-probabilities differ from the trainer's;
+            ``none``: samples count as they are.
+        correction_options: keywords of that correction, e.g. ``{"cap": 2.0}``.
         aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
         kl_coef: weight of the KL penalty against the starting policy; at 0 no reference model exists.
         kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
@@ -94,6 +97,8 @@ class RLHFModule(pl.LightningModule):
         advantage_options: dict[str, Any] | None = None,
         policy_loss: str = "ppo",
         policy_loss_options: dict[str, Any] | None = None,
+        correction: str = "none",
+        correction_options: dict[str, Any] | None = None,
         aggregation: str = "token_mean",
         kl_coef: float = 0.0,
         kl_estimator: str = "k3",
@@ -123,6 +128,7 @@ class RLHFModule(pl.LightningModule):
         self.advantage_options = dict(advantage_options or {})
         self.policy_loss = policy_loss
         self.policy_loss_options = dict(policy_loss_options or {})
+        self.correction, self.correction_options = correction, dict(correction_options or {})
         self.aggregation = aggregation
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
         self.reward_clip, self.advantage_clip = reward_clip, advantage_clip
@@ -268,6 +274,8 @@ class RLHFModule(pl.LightningModule):
         for batch in batches:
             logprobs = completion_logprobs(self.actor, batch, self.sampling.temperature).logprobs  # type: ignore[arg-type]
             at_sampling = logprobs.detach() if old is None else batch.pack_values([old[i] for i in signal])
+            sampled = batch.pack_values([minibatch[i].completion.logprobs for i in signal])
+            weights = self._correct(at_sampling, sampled, batch.trajectory)
             loss, metrics = algorithms.policy_loss(
                 self.policy_loss,
                 logprobs,
@@ -277,17 +285,19 @@ class RLHFModule(pl.LightningModule):
                 aggregation=self.aggregation,
                 sequence=batch.trajectory,
                 totals=totals,
+                weights=weights,
                 **self.policy_loss_options,
             )
             if reference is not None:
                 kl = algorithms.kl_penalty(
                     self.kl_estimator, logprobs, batch.pack_values([reference[i] for i in signal])
                 )
-                weights = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
-                loss = loss + self.kl_coef * (kl * weights).sum()
-                metrics["kl"] = (kl.detach() * weights).sum()
-            sampled = batch.pack_values([minibatch[i].completion.logprobs for i in signal])
+                shares = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
+                loss = loss + self.kl_coef * (kl * shares).sum()
+                metrics["kl"] = (kl.detach() * shares).sum()
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
+            if weights is not None:
+                metrics |= {"correction_mean": weights.mean(), "correction_zero": (weights == 0).double().mean()}
             self._step(loss, needed)
             values = {"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}}
             passes.append((logprobs.numel(), values))
@@ -295,6 +305,13 @@ class RLHFModule(pl.LightningModule):
             idle = completion_logprobs(self.actor, self._idle_batch(), self.sampling.temperature)  # type: ignore[arg-type]
             self._step(0 * idle.logprobs.sum(), needed)
         return combine_passes([p for rank in self.strategy.gather_objects(passes) for p in rank])
+
+    def _correct(self, trainer_logprobs: Tensor, engine_logprobs: Tensor, sequence: Tensor) -> Tensor | None:
+        if self.correction == "none":
+            return None
+        return algorithms.importance_weights(
+            self.correction, trainer_logprobs, engine_logprobs, sequence=sequence, **self.correction_options
+        )
 
     def _step(self, loss: Tensor, passes: int) -> None:
         """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
@@ -569,6 +586,13 @@ class RLHFModule(pl.LightningModule):
                 raise ValueError(unknown_name(kind, name, valid))
         loss = algorithms.POLICY_LOSSES[self.policy_loss]
         algorithms.check_options("policy loss", self.policy_loss, loss, self.policy_loss_options)
+        if self.correction != "none":
+            correction = algorithms.CORRECTIONS[self.correction]
+            algorithms.check_options("correction", self.correction, correction, self.correction_options)
+            nothing = torch.zeros(1)
+            algorithms.importance_weights(self.correction, nothing, nothing, **self.correction_options)
+        elif self.correction_options:
+            raise ValueError(f"correction_options={self.correction_options!r} without a correction")
         estimator = algorithms.ADVANTAGES[self.advantage_estimator]
         algorithms.check_options("advantage estimator", self.advantage_estimator, estimator, self.advantage_options)
         if self.advantage_estimator == "gae":
@@ -616,9 +640,10 @@ class RLHFModule(pl.LightningModule):
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
         }
         names = (
-            "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "aggregation", "kl_coef",
-            "kl_estimator", "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
-            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
+            "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
+            "correction_options", "aggregation", "kl_coef", "kl_estimator", "reward_clip", "advantage_clip", "lr",
+            "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch", "token_budget",
+            "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 

@@ -8,7 +8,7 @@ from lightrft_lightning.algorithms.advantages import (
     advantages,
     compares_groups,
 )
-from lightrft_lightning.algorithms.corrections import mismatch_metrics
+from lightrft_lightning.algorithms.corrections import CORRECTIONS, importance_weights, mismatch_metrics
 from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, kl_penalty
 from lightrft_lightning.algorithms.losses import (
     AGGREGATIONS,
@@ -25,6 +25,7 @@ from lightrft_lightning.algorithms.losses import (
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
+    "CORRECTIONS",
     "KL_ESTIMATORS",
     "POLICY_LOSSES",
     "AdvantageInputs",
@@ -37,6 +38,7 @@ __all__ = [
     "aggregation_weights",
     "check_options",
     "compares_groups",
+    "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
     "policy_loss",

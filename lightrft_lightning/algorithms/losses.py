@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.algorithms._options import check_options
+from lightrft_lightning.algorithms._sequences import mean_of_sequence
 from lightrft_lightning.algorithms.kl import k3
 
 _MAX_LOG_RATIO = 20.0
@@ -126,7 +127,7 @@ def gspo(tokens: PolicyTokens, *, clip_low: float = 3e-4, clip_high: float = 4e-
         ValueError: a clip is negative.
     """
     _check_not_negative("gspo", clip_low=clip_low, clip_high=clip_high)
-    log_ratio = _mean_of_sequence(tokens.log_ratio, tokens.sequence)
+    log_ratio = mean_of_sequence(tokens.log_ratio, tokens.sequence)
     return _clipped(tokens.advantages, log_ratio, clip_low, clip_high)
 
 
@@ -149,7 +150,7 @@ def gmpo(tokens: PolicyTokens, *, clip_low: float = 0.4, clip_high: float = 0.4)
     advantages, log_ratio = tokens.advantages, tokens.log_ratio
     clipped = log_ratio.clamp(-clip_low, clip_high)
     kept = torch.where(advantages > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
-    value = _mean_of_sequence(kept, tokens.sequence).exp() * advantages
+    value = mean_of_sequence(kept, tokens.sequence).exp() * advantages
     return TokenObjective(value, _metrics(log_ratio, kept != log_ratio))
 
 
@@ -258,14 +259,6 @@ def _check_not_negative(name: str, **options: float) -> None:
         raise ValueError(f"{name}({given}): must be 0 or more")
 
 
-def _mean_of_sequence(values: Tensor, sequence: Tensor) -> Tensor:
-    """``[N]`` the mean over a token's sequence, at each token."""
-    if not values.numel():
-        return values
-    sums = values.new_zeros(int(sequence.max()) + 1).index_add(0, sequence, values)
-    return (sums / torch.bincount(sequence).clamp(min=1))[sequence]
-
-
 @AGGREGATIONS.register("token_mean")
 def token_mean(sequence: Tensor, totals: BatchTotals) -> Tensor:
     """Every token of the global batch weighs the same (DAPO, arXiv 2503.14476)."""
@@ -328,6 +321,7 @@ def policy_loss(
     sequence: Tensor | None = None,
     totals: BatchTotals | None = None,
     max_length: int | None = None,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> PolicyLoss:
     """A policy loss on padded or flat tensors.
@@ -344,6 +338,7 @@ def policy_loss(
         sequence: ``[N]`` which sequence a flat entry belongs to; without it they are one sequence.
         totals: sizes of the whole optimizer step, if these tensors are only a part of it.
         max_length: the length limit of a completion, for ``sequence_sum_constant``; part of `totals` if that is given.
+        weights: the same shape as `mask`: how much each token counts, see `importance_weights`. The divisors stay.
         **options: of the policy loss, e.g. ``clip_high=0.28``.
 
     Raises:
@@ -357,14 +352,15 @@ def policy_loss(
     if sequence is None:
         rows = torch.arange(log_probs.shape[0] if log_probs.dim() == 2 else 1, device=log_probs.device)
         sequence = rows[:, None].expand_as(log_probs) if log_probs.dim() == 2 else rows.expand_as(log_probs)
-    _check_shapes(log_probs, sequence=sequence)
+    _check_shapes(log_probs, sequence=sequence, **({} if weights is None else {"weights": weights}))
     keep = mask.bool()
     tokens = PolicyTokens(log_probs[keep], old_log_probs[keep], advantages[keep], sequence[keep])
     if totals is None:
         totals = BatchTotals(int(keep.sum()), sequence.unique().numel(), max_length)
     result = objective(tokens, **options)
-    weights = aggregation_weights(aggregation, tokens.sequence, totals)
-    return PolicyLoss(-(weights * result.value).sum(), summarize(result.metrics))
+    shares = aggregation_weights(aggregation, tokens.sequence, totals)
+    value = result.value if weights is None else weights[keep] * result.value
+    return PolicyLoss(-(shares * value).sum(), summarize(result.metrics))
 
 
 def _check_shapes(log_probs: Tensor, **others: Tensor) -> None:
