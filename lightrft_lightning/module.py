@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -58,6 +59,8 @@ class RLHFModule(pl.LightningModule):
         tokenizer: default: the one of `model`.
         sampling: how training completions are drawn; `sampling.n` is the group size.
         val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
+        algorithm: name in `algorithms.PRESETS`, like ``dapo``: sets `algorithms.PRESET_SETTINGS` at once, and says so.
+            What is given beside it wins; without it they are those of GRPO with every token weighing the same.
         advantage_estimator: name in `algorithms.ADVANTAGES`.
         advantage_options: keywords of that estimator, e.g. ``{"gamma": 0.99}``.
         policy_loss: name in `algorithms.POLICY_LOSSES`.
@@ -93,15 +96,16 @@ class RLHFModule(pl.LightningModule):
         tokenizer: Any = None,
         sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
-        advantage_estimator: str = "group_norm",
+        algorithm: str | None = None,
+        advantage_estimator: str | None = None,
         advantage_options: dict[str, Any] | None = None,
-        policy_loss: str = "ppo",
+        policy_loss: str | None = None,
         policy_loss_options: dict[str, Any] | None = None,
         correction: str = "none",
         correction_options: dict[str, Any] | None = None,
-        aggregation: str = "token_mean",
-        kl_coef: float = 0.0,
-        kl_estimator: str = "k3",
+        aggregation: str | None = None,
+        kl_coef: float | None = None,
+        kl_estimator: str | None = None,
         reward_clip: float = 0.0,
         advantage_clip: float = 0.0,
         lr: float = 1e-5,
@@ -124,13 +128,27 @@ class RLHFModule(pl.LightningModule):
         self.automatic_optimization = False
         self.sampling = sampling
         self.val_sampling = greedy if val_sampling is None else _as_sampling(val_sampling)
-        self.advantage_estimator = advantage_estimator
-        self.advantage_options = dict(advantage_options or {})
-        self.policy_loss = policy_loss
-        self.policy_loss_options = dict(policy_loss_options or {})
+        chosen = algorithms.resolve(
+            algorithm,
+            {
+                "advantage_estimator": advantage_estimator,
+                "advantage_options": advantage_options,
+                "policy_loss": policy_loss,
+                "policy_loss_options": policy_loss_options,
+                "aggregation": aggregation,
+                "kl_coef": kl_coef,
+                "kl_estimator": kl_estimator,
+            },
+        )
+        self.algorithm = algorithm
+        self.advantage_estimator: str = chosen["advantage_estimator"]
+        self.advantage_options: dict[str, Any] = dict(chosen["advantage_options"])
+        self.policy_loss: str = chosen["policy_loss"]
+        self.policy_loss_options: dict[str, Any] = dict(chosen["policy_loss_options"])
         self.correction, self.correction_options = correction, dict(correction_options or {})
-        self.aggregation = aggregation
-        self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
+        self.aggregation: str = chosen["aggregation"]
+        self.kl_coef: float = chosen["kl_coef"]
+        self.kl_estimator: str = chosen["kl_estimator"]
         self.reward_clip, self.advantage_clip = reward_clip, advantage_clip
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
@@ -441,6 +459,9 @@ class RLHFModule(pl.LightningModule):
             )
         # Its advice is to save the weights of before the step, from which a resumed run could not go on.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        if stage == "fit" and self.algorithm is not None:
+            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in algorithms.PRESET_SETTINGS)
+            rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
             raise ValueError(
@@ -640,7 +661,7 @@ class RLHFModule(pl.LightningModule):
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
         }
         names = (
-            "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
+            "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
             "correction_options", "aggregation", "kl_coef", "kl_estimator", "reward_clip", "advantage_clip", "lr",
             "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch", "token_budget",
             "share_prompts", "seed",

@@ -21,6 +21,7 @@ from lightrft_lightning.algorithms.losses import (
     policy_loss,
     summarize,
 )
+from lightrft_lightning.algorithms.presets import PRESET_SETTINGS, PRESETS, resolve
 
 __all__ = [
     "ADVANTAGES",
@@ -28,6 +29,8 @@ __all__ = [
     "CORRECTIONS",
     "KL_ESTIMATORS",
     "POLICY_LOSSES",
+    "PRESETS",
+    "PRESET_SETTINGS",
     "AdvantageInputs",
     "Advantages",
     "BatchTotals",
@@ -42,5 +45,6 @@ __all__ = [
     "kl_penalty",
     "mismatch_metrics",
     "policy_loss",
+    "resolve",
     "summarize",
 ]
