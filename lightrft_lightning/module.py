@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 DEFAULT_SAMPLING = SamplingParams(n=8)
 _NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
 LR_SCHEDULES = ("constant", "linear", "cosine")
+KL_PLACES = ("loss", "reward")
+BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
+"""Advantage estimators that look at single tokens."""
 
 
 class RLHFModule(pl.LightningModule):
@@ -70,6 +73,10 @@ class RLHFModule(pl.LightningModule):
         correction_options: keywords of that correction, e.g. ``{"cap": 2.0}``.
         aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
         kl_coef: weight of the KL penalty against the starting policy; at 0 no reference model exists.
+        kl_in: ``loss`` adds the penalty to the loss, ``reward`` takes it off the reward of every token, for estimators
+            that look at tokens.
+        kl_target: nats a token that `kl_coef` is adapted to reach after every iteration; None: it stays.
+        kl_horizon: completions in which it changes by at most 20 %.
         kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
         reward_clip: clip rewards to ±this before the advantages; 0: off.
         advantage_clip: clip advantages to ±this; 0: off.
@@ -106,6 +113,9 @@ class RLHFModule(pl.LightningModule):
         aggregation: str | None = None,
         kl_coef: float | None = None,
         kl_estimator: str | None = None,
+        kl_in: str | None = None,
+        kl_target: float | None = None,
+        kl_horizon: int = 10_000,
         reward_clip: float = 0.0,
         advantage_clip: float = 0.0,
         lr: float = 1e-5,
@@ -138,6 +148,7 @@ class RLHFModule(pl.LightningModule):
                 "aggregation": aggregation,
                 "kl_coef": kl_coef,
                 "kl_estimator": kl_estimator,
+                "kl_in": kl_in,
             },
         )
         self.algorithm = algorithm
@@ -149,6 +160,8 @@ class RLHFModule(pl.LightningModule):
         self.aggregation: str = chosen["aggregation"]
         self.kl_coef: float = chosen["kl_coef"]
         self.kl_estimator: str = chosen["kl_estimator"]
+        self.kl_in: str = chosen["kl_in"]
+        self.kl_target, self.kl_horizon = kl_target, kl_horizon
         self.reward_clip, self.advantage_clip = reward_clip, advantage_clip
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
@@ -239,13 +252,17 @@ class RLHFModule(pl.LightningModule):
         rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
         if self.reward_clip > 0:
             rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
-        longest = max((len(t.mask) for t in usable), default=1)
-        mask = torch.tensor([[*t.mask] + [False] * (longest - len(t.mask)) for t in usable], dtype=torch.bool)
+        token_rewards = None
+        if self.kl_coef and self.kl_in == "reward":
+            self._score(usable)
+            token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
+        mask = _padded([torch.tensor(t.mask) for t in usable])
         values = algorithms.advantages(
             self.advantage_estimator,
             rewards,
             group_ids=torch.tensor([t.group for t in usable], dtype=torch.long),
-            mask=mask.reshape(-1, longest),
+            mask=mask,
+            token_rewards=token_rewards,
             sum_over_ranks=partial(self.strategy.all_reduce, op="sum"),
             **self.advantage_options,
         ).advantages
@@ -262,43 +279,54 @@ class RLHFModule(pl.LightningModule):
         models wait for one another.
         """
         self._warn_if_nothing_to_learn(trajectories)
-        several_steps = self.epochs_per_rollout * self.steps_per_epoch > 1
-        # With a single step the first pass itself gives the old log-probabilities: the weights are still the same.
-        old = self._logprobs_of(self.actor, trajectories) if several_steps else None
-        reference = None
+        if self.kl_in == "loss" or not self.kl_coef:
+            self._score(trajectories)
+        steps = self._minibatches(trajectories)
+        metrics = mean_over_steps([self._optimizer_step([trajectories[i] for i in chosen]) for chosen in steps])
+        if self.kl_target is not None and "kl" in metrics:
+            samples = int(self.strategy.all_reduce(len(trajectories), op="sum"))
+            metrics["kl_coef"] = self.kl_coef
+            self.kl_coef = algorithms.adapted_kl_coef(
+                self.kl_coef, metrics["kl"], self.kl_target, samples, self.kl_horizon
+            )
+        return metrics
+
+    def _score(self, trajectories: list[Trajectory]) -> None:
+        """Fill in the log-probabilities before the update and under the reference, where they are needed."""
+        # With a single step the first pass itself gives the former: the weights are still the same.
+        if self.epochs_per_rollout * self.steps_per_epoch > 1 or (self.kl_coef and self.kl_in == "reward"):
+            for t, logprobs in zip(trajectories, self._logprobs_of(self.actor, trajectories), strict=True):
+                t.old_logprobs = logprobs
         if self.kl_coef:
             with self._reference_policy() as policy:
-                reference = self._logprobs_of(policy, trajectories)
-        collected = [
-            self._optimizer_step(
-                [trajectories[i] for i in chosen],
-                None if old is None else [old[i] for i in chosen],
-                None if reference is None else [reference[i] for i in chosen],
-            )
-            for chosen in self._minibatches(trajectories)
-        ]
-        return mean_over_steps(collected)
+                for t, logprobs in zip(trajectories, self._logprobs_of(policy, trajectories), strict=True):
+                    t.reference_logprobs = logprobs
 
-    def _optimizer_step(
-        self, minibatch: list[Trajectory], old: list[Tensor] | None, reference: list[Tensor] | None
-    ) -> dict[str, float]:
+    def _kl_of(self, t: Trajectory) -> Tensor:
+        """``[T]`` the estimated KL at each token, before the update."""
+        assert t.old_logprobs is not None and t.reference_logprobs is not None
+        return algorithms.kl_penalty(self.kl_estimator, t.old_logprobs, t.reference_logprobs)
+
+    def _optimizer_step(self, minibatch: list[Trajectory]) -> dict[str, float]:
         """One optimizer step over this rank's `minibatch`, in as many passes as the token budget asks for."""
         totals = self._totals(minibatch)
         # A sample whose advantage is 0 has no gradient unless the KL term gives it one. It still counts in the mean.
-        signal = [i for i, t in enumerate(minibatch) if self.kl_coef or any(t.advantages)]
-        batches = self._pack([minibatch[i] for i in signal])
+        in_loss = self.kl_coef and self.kl_in == "loss"
+        used = [t for t in minibatch if in_loss or any(t.advantages)]
+        batches = self._pack(used)
         needed = self._most(len(batches))
         passes = []
         for batch in batches:
             logprobs = completion_logprobs(self.actor, batch, self.sampling.temperature).logprobs  # type: ignore[arg-type]
-            at_sampling = logprobs.detach() if old is None else batch.pack_values([old[i] for i in signal])
-            sampled = batch.pack_values([minibatch[i].completion.logprobs for i in signal])
+            old = [t.old_logprobs for t in used if t.old_logprobs is not None]
+            at_sampling = batch.pack_values(old) if old else logprobs.detach()
+            sampled = batch.pack_values([t.completion.logprobs for t in used])
             weights = self._correct(at_sampling, sampled, batch.trajectory)
             loss, metrics = algorithms.policy_loss(
                 self.policy_loss,
                 logprobs,
                 at_sampling,
-                batch.pack_values([minibatch[i].advantages for i in signal]),
+                batch.pack_values([t.advantages for t in used]),
                 torch.ones_like(logprobs),
                 aggregation=self.aggregation,
                 sequence=batch.trajectory,
@@ -306,12 +334,12 @@ class RLHFModule(pl.LightningModule):
                 weights=weights,
                 **self.policy_loss_options,
             )
-            if reference is not None:
-                kl = algorithms.kl_penalty(
-                    self.kl_estimator, logprobs, batch.pack_values([reference[i] for i in signal])
-                )
+            reference = [t.reference_logprobs for t in used if t.reference_logprobs is not None]
+            if reference:
+                kl = algorithms.kl_penalty(self.kl_estimator, logprobs, batch.pack_values(reference))
                 shares = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
-                loss = loss + self.kl_coef * (kl * shares).sum()
+                if in_loss:
+                    loss = loss + self.kl_coef * (kl * shares).sum()
                 metrics["kl"] = (kl.detach() * shares).sum()
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
             if weights is not None:
@@ -541,7 +569,7 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lightrft"] = {"iteration": self.iteration}
+        checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -549,6 +577,8 @@ class RLHFModule(pl.LightningModule):
         if state is None:
             raise ValueError("this checkpoint was not written by RLHFModule: it holds no iteration count")
         self.iteration = state["iteration"]
+        if self.kl_target is not None:
+            self.kl_coef = state.get("kl_coef", self.kl_coef)
         self._rng_to_restore = checkpoint.get("lightrft_rng")
 
     @override
@@ -602,6 +632,7 @@ class RLHFModule(pl.LightningModule):
         for kind, name, valid in (
             ("aggregation", self.aggregation, algorithms.AGGREGATIONS),
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
+            ("kl_in", self.kl_in, KL_PLACES),
         ):
             if name not in valid:
                 raise ValueError(unknown_name(kind, name, valid))
@@ -620,6 +651,8 @@ class RLHFModule(pl.LightningModule):
             raise ValueError("advantage_estimator='gae' needs a critic, which RLHFModule does not have yet")
         checks = {
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
+            "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
+            "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
             "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
             "lr": (self.lr >= 0, "0 or more"),
@@ -631,6 +664,13 @@ class RLHFModule(pl.LightningModule):
         for name, (ok, allowed) in checks.items():
             if not ok:
                 raise ValueError(f"RLHFModule({name}={getattr(self, name)!r}): must be {allowed}")
+        if self.kl_in == "reward" and self.kl_coef and self.advantage_estimator not in BY_TOKEN:
+            raise ValueError(
+                f"kl_in='reward' with advantage_estimator={self.advantage_estimator!r}: it compares whole completions; "
+                f"use one of {', '.join(BY_TOKEN)}, or kl_in='loss'"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()
 
     @property
@@ -662,9 +702,9 @@ class RLHFModule(pl.LightningModule):
         }
         names = (
             "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
-            "correction_options", "aggregation", "kl_coef", "kl_estimator", "reward_clip", "advantage_clip", "lr",
-            "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch", "token_budget",
-            "share_prompts", "seed",
+            "correction_options", "aggregation", "kl_coef", "kl_estimator", "kl_in", "kl_target", "kl_horizon",
+            "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout",
+            "steps_per_epoch", "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
@@ -709,6 +749,11 @@ class RLHFModule(pl.LightningModule):
         }
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """``[B, T]`` rows of any length, with zeros behind."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) if rows else torch.zeros(0, 1)
 
 
 def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:

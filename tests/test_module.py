@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import math
@@ -22,7 +23,9 @@ from lightrft_lightning import (
     SamplingParams,
     StrategyConfig,
     TransformersRollout,
+    algorithms,
 )
+from lightrft_lightning.algorithms import PRESETS
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
@@ -158,10 +161,14 @@ def test_resume_is_bit_for_bit(tmp_path, stop):
     assert trainer.callbacks[0].version == resumed_trainer.callbacks[0].version == 8
 
 
-def test_update_does_not_depend_on_the_token_budget_or_the_layout(tmp_path):
+@pytest.mark.parametrize("algorithm", [None, *PRESETS])
+def test_update_does_not_depend_on_the_token_budget_or_the_layout(tmp_path, algorithm):
     results = []
     for settings in ({}, {"token_budget": 12}, {"share_prompts": False}, {"token_budget": 40}):
-        module = make_module(kl_coef=0.1, steps_per_epoch=2, epochs_per_rollout=2, **settings)
+        module = make_module(
+            algorithm=algorithm, kl_coef=0.1, steps_per_epoch=2, epochs_per_rollout=2, correction="sequence_truncated",
+            **settings,
+        )  # fmt: skip
         make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
         results.append(weights_of(module))
     for other in results[1:]:
@@ -201,6 +208,62 @@ def test_strong_kl_keeps_the_policy_near_the_start(tmp_path):
         make_trainer(tmp_path, callbacks=[record], max_epochs=3, limit_val_batches=0).fit(module, make_data())
         moved.append(record.metrics[-1]["train/kl"])
     assert moved[1] < moved[0] / 4
+
+
+def test_kl_in_the_reward_is_taken_off_every_token(tmp_path):
+    module = make_module(
+        advantage_estimator="reinforce", advantage_options={"gamma": 0.9}, kl_coef=0.3, kl_in="reward", lr=3e-3
+    )
+    make_trainer(tmp_path, limit_train_batches=3, limit_val_batches=0).fit(module, make_data())
+    differences = []
+    for t in module.last_trajectories:
+        kl = algorithms.kl_penalty("k3", t.old_logprobs, t.reference_logprobs).double()
+        rewards = -0.3 * kl
+        rewards[-1] += t.reward
+        for k, advantage in enumerate(t.advantages):
+            expected = sum(0.9 ** (j - k) * float(rewards[j]) for j in range(k, len(rewards)))
+            assert advantage == pytest.approx(expected, abs=1e-6)
+        differences.append(float(kl.abs().max()))
+    assert max(differences) > 1e-4
+
+
+def test_the_kl_coefficient_follows_its_target_and_is_resumed(tmp_path):
+    settings = {"kl_coef": 0.1, "kl_target": 0.05, "kl_horizon": 100, "lr": 3e-3}
+    record = Record()
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    make_trainer(tmp_path, callbacks=[record, save], limit_val_batches=0).fit(make_module(**settings), make_data())
+    coefs = [m["train/kl_coef"] for m in record.metrics]
+    assert coefs[:2] == pytest.approx([0.1, 0.1 * (1 - 0.2 * 16 / 100)])  # 16 samples, a KL of nearly 0
+    for before, after, metrics in zip(coefs, coefs[1:], record.metrics, strict=False):
+        error = min(max(metrics["train/kl"] / 0.05 - 1, -0.2), 0.2)
+        assert after == pytest.approx(before * (1 + error * 16 / 100), rel=1e-6)
+    resumed = Record()
+    make_trainer(tmp_path, callbacks=[resumed], limit_val_batches=0).fit(
+        make_module(**settings), make_data(), ckpt_path=tmp_path / "step=2.ckpt"
+    )
+    assert [m["train/kl_coef"] for m in resumed.metrics] == coefs[2:]
+
+
+def test_a_correction_weighs_what_the_engine_drew_from_another_policy(tmp_path):
+    """An engine whose log-probabilities are all 1 nat too low: every token counts e times, at most twice."""
+
+    class Lower(TransformersRollout):
+        def generate(self, *arguments):
+            groups = super().generate(*arguments)
+            lower = lambda c: dataclasses.replace(c, logprobs=tuple(p - 1 for p in c.logprobs))  # noqa: E731
+            return [[lower(c) for c in group] for group in groups]
+
+    means = {}
+    for correction in ("none", "token_truncated", "token_masked"):
+        module, record = make_module(correction=correction), Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0)
+        trainer.callbacks = [Lower() if isinstance(c, TransformersRollout) else c for c in trainer.callbacks]
+        trainer.fit(module, make_data())
+        means[correction] = record.metrics[0]
+    assert means["token_truncated"]["train/correction_mean"] == pytest.approx(2.0)
+    assert means["token_masked"]["train/correction_zero"] == 1.0 and means["token_masked"]["train/grad_norm"] == 0
+    plain, doubled = (means[c]["train/grad_norm"] for c in ("none", "token_truncated"))
+    assert doubled == pytest.approx(2 * plain, rel=1e-4)
 
 
 # ---------------------------------------------------------------- what a batch may hold
@@ -370,6 +433,16 @@ def test_load_from_checkpoint(tmp_path):
         ({"sampling": SamplingParams(n=2, temperature=0.0)}, "temperature=0"),
         ({"sampling": SamplingParams(n=2, top_p=0.9)}, "top_p=0.9"),
         ({"rewards": None}, "needs `rewards`"),
+        ({"algorithm": "dpo"}, "unknown algorithm 'dpo'"),
+        ({"advantage_options": {"gama": 0.9}}, "option of the advantage estimator 'group_norm' 'gama'"),
+        ({"advantage_estimator": "gae"}, "'gae' needs a critic"),
+        ({"correction": "token"}, "unknown correction 'token'"),
+        ({"correction": "token_truncated", "correction_options": {"cap": -1.0}}, r"token_truncated\(cap=-1.0\)"),
+        ({"correction_options": {"cap": 1.0}}, "without a correction"),
+        ({"kl_in": "rewards"}, "unknown kl_in 'rewards'. Did you mean 'reward'"),
+        ({"kl_in": "reward", "kl_coef": 0.1}, "it compares whole completions; use one of reinforce"),
+        ({"kl_target": 0.1}, "kl_target=0.1 needs a kl_coef above 0"),
+        ({"kl_target": 0.0, "kl_coef": 0.1}, "kl_target=0.0.*above 0"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -9,7 +9,7 @@ from lightrft_lightning.algorithms.advantages import (
     compares_groups,
 )
 from lightrft_lightning.algorithms.corrections import CORRECTIONS, importance_weights, mismatch_metrics
-from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, kl_penalty
+from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_penalty
 from lightrft_lightning.algorithms.losses import (
     AGGREGATIONS,
     POLICY_LOSSES,
@@ -37,6 +37,7 @@ __all__ = [
     "PolicyLoss",
     "PolicyTokens",
     "TokenObjective",
+    "adapted_kl_coef",
     "advantages",
     "aggregation_weights",
     "check_options",

@@ -41,6 +41,20 @@ def k3(log_ratio: Tensor) -> Tensor:
     return bounded.expm1() + bounded.detach().exp() * (x - bounded) - x
 
 
+def adapted_kl_coef(coef: float, kl: float, target: float, samples: int, horizon: int) -> float:
+    """The weight of the KL penalty for the next iteration, which moves the KL towards `target` (arXiv 1909.08593, 2.2).
+
+    Args:
+        coef: the weight so far.
+        kl: measured, in nats a token.
+        target: the same, wanted.
+        samples: completions of this iteration.
+        horizon: completions in which the weight changes by at most 20 %.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * samples / horizon)
+
+
 def kl_penalty(name: str, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Estimated KL(pi || pi_ref) at each token.
 

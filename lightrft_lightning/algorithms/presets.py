@@ -18,6 +18,7 @@ PRESET_SETTINGS: dict[str, Any] = {
     "aggregation": "token_mean",
     "kl_coef": 0.0,
     "kl_estimator": "k3",
+    "kl_in": "loss",
 }
 """What a preset may set, and what holds without one."""
 
@@ -41,8 +42,14 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "cpgd": {"advantage_estimator": "cpgd", "policy_loss": "cpgd", "aggregation": "token_mean"},
     # arXiv 2402.14740: the gradient of the whole sequence's log-probability
     "rloo": {"advantage_estimator": "rloo", "policy_loss": "reinforce", "aggregation": "sequence_sum_constant"},
-    # arXiv 2501.03262
-    "reinforce_plus_plus": {"advantage_estimator": "reinforce_plus_plus", "policy_loss": "ppo"},
+    # arXiv 2501.03262: a KL penalty in the reward of every token
+    "reinforce_plus_plus": {
+        "advantage_estimator": "reinforce_plus_plus",
+        "policy_loss": "ppo",
+        "kl_coef": 1e-3,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
+    },
     # arXiv 2501.03262, its variant for several completions a prompt, with the KL penalty in the loss
     "reinforce_baseline": {
         "advantage_estimator": "reinforce_baseline",

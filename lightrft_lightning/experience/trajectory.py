@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 FinishReason = Literal["eos", "stop", "length"]
 
 
@@ -99,6 +101,8 @@ class Trajectory:
         text: the completion as text, without special tokens.
         reward: None if the reward failed and its policy is to drop the sample.
         reward_parts: each reward function's own value.
+        old_logprobs: ``[T]`` the trainer's log-probabilities of the completion before the update, if it needs them.
+        reference_logprobs: ``[T]`` the same under the reference policy.
         advantages: one value a completion token, filled in by the advantage estimator.
     """
 
@@ -110,6 +114,8 @@ class Trajectory:
     text: str = ""
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
     advantages: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
