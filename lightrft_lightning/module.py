@@ -46,6 +46,7 @@ DEFAULT_SAMPLING = SamplingParams(n=8)
 _NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
 LR_SCHEDULES = ("constant", "linear", "cosine")
 KL_PLACES = ("loss", "reward")
+REWARD_NORMS = ("none", "scale", "full")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
 """Advantage estimators that look at single tokens."""
 
@@ -78,7 +79,12 @@ class RLHFModule(pl.LightningModule):
         kl_target: nats a token that `kl_coef` is adapted to reach after every iteration; None: it stays.
         kl_horizon: completions in which it changes by at most 20 %.
         kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
+        overlong_buffer: tokens before the length limit where the penalty for long completions begins; 0: none.
+        overlong_factor: that penalty at the limit.
+        reward_norm: ``scale`` divides rewards by the standard deviation of all so far, ``full`` subtracts their mean
+            first; ``none``: neither.
         reward_clip: clip rewards to ±this before the advantages; 0: off.
+        advantage_norm: subtract the mean of the global batch's advantages and divide by their standard deviation.
         advantage_clip: clip advantages to ±this; 0: off.
         lr: learning rate of AdamW.
         weight_decay: decoupled weight decay.
@@ -116,7 +122,11 @@ class RLHFModule(pl.LightningModule):
         kl_in: str | None = None,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
+        overlong_buffer: int = 0,
+        overlong_factor: float = 1.0,
+        reward_norm: str = "none",
         reward_clip: float = 0.0,
+        advantage_norm: bool = False,
         advantage_clip: float = 0.0,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
@@ -162,7 +172,10 @@ class RLHFModule(pl.LightningModule):
         self.kl_estimator: str = chosen["kl_estimator"]
         self.kl_in: str = chosen["kl_in"]
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
-        self.reward_clip, self.advantage_clip = reward_clip, advantage_clip
+        self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
+        self.reward_norm, self.reward_clip = reward_norm, reward_clip
+        self.advantage_norm, self.advantage_clip = advantage_norm, advantage_clip
+        self.reward_moments = algorithms.RunningMoments()
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
@@ -249,9 +262,8 @@ class RLHFModule(pl.LightningModule):
         if self._compares_groups:
             members = Counter(t.group for t in usable)
             usable = [t for t in usable if members[t.group] >= 2]
-        rewards = torch.tensor([t.reward for t in usable], dtype=torch.float64)
-        if self.reward_clip > 0:
-            rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
+        sum_over_ranks = partial(self.strategy.all_reduce, op="sum")
+        rewards = self._shaped_rewards(usable, sum_over_ranks)
         token_rewards = None
         if self.kl_coef and self.kl_in == "reward":
             self._score(usable)
@@ -263,14 +275,31 @@ class RLHFModule(pl.LightningModule):
             group_ids=torch.tensor([t.group for t in usable], dtype=torch.long),
             mask=mask,
             token_rewards=token_rewards,
-            sum_over_ranks=partial(self.strategy.all_reduce, op="sum"),
+            sum_over_ranks=sum_over_ranks,
             **self.advantage_options,
         ).advantages
+        if self.advantage_norm:
+            values = algorithms.whitened(values, mask.bool(), sum_over_ranks)
         if self.advantage_clip > 0:
             values = values.clamp(-self.advantage_clip, self.advantage_clip)
         for t, row in zip(usable, values.tolist(), strict=True):
             t.advantages = tuple(row[: len(t.mask)])
         return usable
+
+    def _shaped_rewards(self, trajectories: Sequence[Trajectory], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
+        """``[B]`` rewards as the advantages are computed from; `Trajectory.reward` stays as it is."""
+        rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
+        if self.overlong_buffer:
+            lengths = torch.tensor([len(t.completion.token_ids) for t in trajectories])
+            limit = self.sampling.max_new_tokens
+            penalties = algorithms.overlong_penalty(lengths, limit, self.overlong_buffer, self.overlong_factor)
+            for t, penalty in zip(trajectories, penalties.tolist(), strict=True):
+                t.reward_parts["overlong"] = penalty
+            rewards = rewards + penalties
+        if self.reward_norm != "none":
+            self.reward_moments.update(rewards, sum_over_ranks)
+            rewards = self.reward_moments.normalised(rewards, minus_mean=self.reward_norm == "full")
+        return rewards.clamp(-self.reward_clip, self.reward_clip) if self.reward_clip > 0 else rewards
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """The optimizer steps of one iteration; returns the mean of each metric over them.
@@ -569,7 +598,8 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef}
+        moments = self.reward_moments.state_dict()
+        checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef, "reward_moments": moments}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -579,6 +609,8 @@ class RLHFModule(pl.LightningModule):
         self.iteration = state["iteration"]
         if self.kl_target is not None:
             self.kl_coef = state.get("kl_coef", self.kl_coef)
+        if "reward_moments" in state:
+            self.reward_moments.load_state_dict(state["reward_moments"])
         self._rng_to_restore = checkpoint.get("lightrft_rng")
 
     @override
@@ -599,8 +631,7 @@ class RLHFModule(pl.LightningModule):
         """
         refused = (
             "critic_pretrain", "critic_learning_rate", "remote_rm_url", "pretrain_data", "mixed_mm_data",
-            "micro_rollout_batch_size", "reward_running_norm", "advantages_norm", "overlong_buffer",
-            "dynamic_sampling", "plot_every", "use_tensorboard",
+            "micro_rollout_batch_size", "dynamic_sampling", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
             if getattr(config, name) != type(config).__dataclass_fields__[name].default:
@@ -612,7 +643,11 @@ class RLHFModule(pl.LightningModule):
             "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
             "advantage_estimator": config.advantage_estimator,
             "kl_estimator": config.kl_estimator,
+            "overlong_buffer": config.overlong_buffer_len if config.overlong_buffer else 0,
+            "overlong_factor": config.overlong_buffer_penalty_factor,
+            "reward_norm": _reward_norm(config),
             "reward_clip": config.reward_clip,
+            "advantage_norm": config.advantages_norm,
             "advantage_clip": config.advantage_clip,
             "lr": config.actor_learning_rate,
             "weight_decay": config.l2,
@@ -633,6 +668,7 @@ class RLHFModule(pl.LightningModule):
             ("aggregation", self.aggregation, algorithms.AGGREGATIONS),
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("kl_in", self.kl_in, KL_PLACES),
+            ("reward_norm", self.reward_norm, REWARD_NORMS),
         ):
             if name not in valid:
                 raise ValueError(unknown_name(kind, name, valid))
@@ -669,6 +705,18 @@ class RLHFModule(pl.LightningModule):
                 f"kl_in='reward' with advantage_estimator={self.advantage_estimator!r}: it compares whole completions; "
                 f"use one of {', '.join(BY_TOKEN)}, or kl_in='loss'"
             )
+        divisors = {
+            f"advantage_estimator={self.advantage_estimator!r}": getattr(estimator, "normalises", False),
+            "advantage_norm=True": self.advantage_norm,
+            f"reward_norm={self.reward_norm!r}": self.reward_norm != "none",
+        }
+        if sum(divisors.values()) > 1:
+            twice = " and ".join(name for name, divides in divisors.items() if divides)
+            raise ValueError(f"{twice} would normalise more than once: keep one of them")
+        if self.overlong_buffer:
+            nothing = torch.zeros(0)
+            limit = self.sampling.max_new_tokens
+            algorithms.overlong_penalty(nothing, limit, self.overlong_buffer, self.overlong_factor)
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()
@@ -703,8 +751,9 @@ class RLHFModule(pl.LightningModule):
         names = (
             "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
             "correction_options", "aggregation", "kl_coef", "kl_estimator", "kl_in", "kl_target", "kl_horizon",
-            "reward_clip", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout",
-            "steps_per_epoch", "token_budget", "share_prompts", "seed",
+            "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip", "advantage_norm", "advantage_clip",
+            "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch",
+            "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
@@ -739,6 +788,9 @@ class RLHFModule(pl.LightningModule):
             "policy_version": float(self.rollout_engine.version),
             "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
+        if self.reward_norm != "none":
+            moments = self.reward_moments
+            train |= {"reward_running_mean": moments.mean, "reward_running_std": moments.std}
         if update:
             train["grad_norm"] = self.strategy.grad_norms["actor"]
         timing = {
@@ -749,6 +801,12 @@ class RLHFModule(pl.LightningModule):
         }
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
+
+
+def _reward_norm(config: StrategyConfig) -> str:
+    if not config.reward_running_norm:
+        return "none"
+    return "full" if config.reward_running_norm_minus_mean else "scale"
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

@@ -244,6 +244,47 @@ def test_the_kl_coefficient_follows_its_target_and_is_resumed(tmp_path):
     assert [m["train/kl_coef"] for m in resumed.metrics] == coefs[2:]
 
 
+def test_rewards_are_shaped_step_by_step(tmp_path):
+    """Penalty, running moments and clip, in this order; resumed with the moments."""
+    settings = {
+        "advantage_estimator": "dr_grpo", "overlong_buffer": 4, "overlong_factor": 2.0, "reward_norm": "full",
+        "reward_clip": 1.0,
+    }  # fmt: skip
+
+    class Keep(Record):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            super().on_train_batch_end(trainer, pl_module, *args)
+            self.trajectories = list(pl_module.last_trajectories)
+
+    record = Keep()
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    module = make_module(**settings)
+    trainer = make_trainer(tmp_path, callbacks=[record, save], limit_val_batches=1, val_check_interval=1)
+    trainer.fit(module, make_data())
+    seen, before = module.reward_moments, []
+    assert seen.count == 4 * 16  # nothing of the validations
+    for t in record.trajectories:
+        assert t.reward_parts["overlong"] == -2.0 * max(0, len(t.completion.token_ids) - 2) / 4
+        raw = (t.reward + t.reward_parts["overlong"] - seen.mean) / seen.std
+        before.append(min(max(raw, -1.0), 1.0))
+    for k in range(0, 16, 4):
+        mean = sum(before[k : k + 4]) / 4
+        for t, value in zip(record.trajectories[k : k + 4], before[k : k + 4], strict=True):
+            assert t.advantages == pytest.approx((value - mean,) * len(t.mask), abs=1e-9)
+    assert record.metrics[-1]["train/reward_running_std"] == pytest.approx(seen.std)
+    resumed = make_module(**settings)
+    make_trainer(tmp_path, limit_val_batches=0).fit(resumed, make_data(), ckpt_path=tmp_path / "step=2.ckpt")
+    assert resumed.reward_moments.state_dict() == seen.state_dict()
+
+
+def test_advantages_of_the_global_batch_are_normalised(tmp_path):
+    module = make_module(advantage_estimator="rloo", advantage_norm=True)
+    make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+    values = torch.tensor([a for t in module.last_trajectories for a in t.advantages])
+    assert values.mean().item() == pytest.approx(0, abs=1e-6)
+    assert values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
 def test_a_correction_weighs_what_the_engine_drew_from_another_policy(tmp_path):
     """An engine whose log-probabilities are all 1 nat too low: every token counts e times, at most twice."""
 
@@ -441,6 +482,10 @@ def test_load_from_checkpoint(tmp_path):
         ({"correction_options": {"cap": 1.0}}, "without a correction"),
         ({"kl_in": "rewards"}, "unknown kl_in 'rewards'. Did you mean 'reward'"),
         ({"kl_in": "reward", "kl_coef": 0.1}, "it compares whole completions; use one of reinforce"),
+        ({"overlong_buffer": 7}, "overlong_buffer=7: must be between 1 and the length limit, 6"),
+        ({"reward_norm": "scal"}, "unknown reward_norm 'scal'. Did you mean 'scale'"),
+        ({"advantage_norm": True}, "advantage_estimator='group_norm' and advantage_norm=True would normalise more"),
+        ({"algorithm": "reinforce", "reward_norm": "full", "advantage_norm": True}, "would normalise more than once"),
         ({"kl_target": 0.1}, "kl_target=0.1 needs a kl_coef above 0"),
         ({"kl_target": 0.0, "kl_coef": 0.1}, "kl_target=0.0.*above 0"),
     ],
@@ -493,6 +538,14 @@ def test_from_config_wires_the_fields():
     assert module.sampling.n == 5
     assert (module.reward_clip, module.advantage_clip, module.kl_estimator) == (2.0, 3.0, "k1")
     assert (module.lr, module.weight_decay, module.warmup_ratio, module.seed) == (2e-4, 0.1, 0.2, 9)
+    config = StrategyConfig(
+        advantage_estimator="rloo", overlong_buffer=True, overlong_buffer_len=16, overlong_buffer_penalty_factor=0.5,
+        reward_running_norm=True,
+    )  # fmt: skip
+    module = RLHFModule.from_config(config, "anything", even_digits, tokenizer=object())
+    assert (module.overlong_buffer, module.overlong_factor, module.reward_norm) == (16, 0.5, "scale")
+    config = StrategyConfig(advantage_estimator="rloo", advantages_norm=True)
+    assert RLHFModule.from_config(config, "anything", even_digits, tokenizer=object()).advantage_norm
 
 
 def test_failed_rewards_may_get_a_fixed_value(tmp_path):
@@ -502,7 +555,7 @@ def test_failed_rewards_may_get_a_fixed_value(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"dynamic_sampling": True}, {"critic_pretrain": "x"}, {"overlong_buffer": True}, {"plot_every": 5}]
+    "field", [{"dynamic_sampling": True}, {"critic_pretrain": "x"}, {"remote_rm_url": "x"}, {"plot_every": 5}]
 )
 def test_from_config_refuses_what_it_cannot_do(field):
     with pytest.raises(ValueError, match=f"{next(iter(field))}=.*does not have this yet"):

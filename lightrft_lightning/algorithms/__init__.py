@@ -7,6 +7,7 @@ from lightrft_lightning.algorithms.advantages import (
     Advantages,
     advantages,
     compares_groups,
+    normalises,
 )
 from lightrft_lightning.algorithms.corrections import CORRECTIONS, importance_weights, mismatch_metrics
 from lightrft_lightning.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_penalty
@@ -22,6 +23,7 @@ from lightrft_lightning.algorithms.losses import (
     summarize,
 )
 from lightrft_lightning.algorithms.presets import PRESET_SETTINGS, PRESETS, resolve
+from lightrft_lightning.algorithms.shaping import RunningMoments, overlong_penalty, whitened
 
 __all__ = [
     "ADVANTAGES",
@@ -36,6 +38,7 @@ __all__ = [
     "BatchTotals",
     "PolicyLoss",
     "PolicyTokens",
+    "RunningMoments",
     "TokenObjective",
     "adapted_kl_coef",
     "advantages",
@@ -45,7 +48,10 @@ __all__ = [
     "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
+    "normalises",
+    "overlong_penalty",
     "policy_loss",
     "resolve",
     "summarize",
+    "whitened",
 ]

@@ -67,11 +67,18 @@ def compares_groups(estimator: AdvantageEstimator) -> AdvantageEstimator:
     return estimator
 
 
+def normalises(estimator: AdvantageEstimator) -> AdvantageEstimator:
+    """Mark an estimator that divides by a standard deviation; `RLHFModule` refuses to divide by a second one."""
+    estimator.normalises = True  # type: ignore[attr-defined]
+    return estimator
+
+
 # -------------------------------------------------------------------- by comparison within a group
 
 
 @ADVANTAGES.register("group_norm")
 @compares_groups
+@normalises
 def group_norm(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
     """GRPO: ``(r - mean) / (std + eps)`` within each group, unbiased std (arXiv 2402.03300).
 
@@ -121,6 +128,7 @@ def rloo(inputs: AdvantageInputs) -> Advantages:
 
 @ADVANTAGES.register("cpgd")
 @compares_groups
+@normalises
 def cpgd(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
     """The advantage that CPGD uses, `group_norm` (arXiv 2505.12504); it goes with the policy loss ``cpgd``."""
     return group_norm(inputs, eps=eps)
@@ -128,6 +136,7 @@ def cpgd(inputs: AdvantageInputs, *, eps: float = 1e-6) -> Advantages:
 
 @ADVANTAGES.register("reinforce_baseline")
 @compares_groups
+@normalises
 def reinforce_baseline(inputs: AdvantageInputs, *, eps: float = 1e-8) -> Advantages:
     """``r - mean`` within each group, then divided by its std over the global batch (arXiv 2501.03262, section 3.4).
 
@@ -138,7 +147,7 @@ def reinforce_baseline(inputs: AdvantageInputs, *, eps: float = 1e-8) -> Advanta
     centred = groups.exactly_zero_where_equal(groups.centred)
     mask = torch.ones_like(centred, dtype=torch.bool) if inputs.mask is None else inputs.mask
     spread = centred if inputs.mask is None else centred[:, None].expand_as(mask)
-    mean, std = _global_moments(spread, mask, inputs.sum_over_ranks)
+    mean, std = global_moments(spread, mask, inputs.sum_over_ranks)
     normal = (centred - mean) / (std + eps)
     return Advantages(normal, metrics={"equal_groups": groups.equal.double().mean(), "batch_std": std})
 
@@ -161,7 +170,7 @@ def reinforce(inputs: AdvantageInputs, *, gamma: float = 1.0, baseline: bool = F
     _check_discount("reinforce", gamma=gamma)
     rewards = inputs.rewards
     if baseline:
-        mean, _ = _global_moments(rewards, torch.ones_like(rewards, dtype=torch.bool), inputs.sum_over_ranks)
+        mean, _ = global_moments(rewards, torch.ones_like(rewards, dtype=torch.bool), inputs.sum_over_ranks)
         rewards = rewards - mean
     if gamma == 1 and inputs.token_rewards is None:
         return Advantages(rewards)
@@ -169,6 +178,7 @@ def reinforce(inputs: AdvantageInputs, *, gamma: float = 1.0, baseline: bool = F
 
 
 @ADVANTAGES.register("reinforce_plus_plus")
+@normalises
 def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0, eps: float = 1e-8) -> Advantages:
     """The return from each token on, normalised over all policy tokens of the global batch (arXiv 2501.03262).
 
@@ -183,7 +193,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0, eps: flo
     _check_discount("reinforce_plus_plus", gamma=gamma)
     returns = _returns("reinforce_plus_plus", inputs, inputs.rewards, gamma)
     assert inputs.mask is not None
-    mean, std = _global_moments(returns, inputs.mask, inputs.sum_over_ranks)
+    mean, std = global_moments(returns, inputs.mask, inputs.sum_over_ranks)
     normal = torch.where(inputs.mask, (returns - mean) / (std + eps), 0.0)
     return Advantages(normal, metrics={"batch_std": std})
 
@@ -285,7 +295,7 @@ def _returns(name: str, inputs: AdvantageInputs, rewards: Tensor, gamma: float) 
     return returns
 
 
-def _global_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks) -> tuple[Tensor, Tensor]:
+def global_moments(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks) -> tuple[Tensor, Tensor]:
     """Mean and (biased) standard deviation over the unmasked entries of all ranks."""
     kept = values[mask].double()
     total, count = sum_over_ranks(torch.stack([kept.sum(), kept.new_tensor(kept.numel())]))
