@@ -73,6 +73,8 @@ class RLHFModule(pl.LightningModule):
             ``none``: samples count as they are.
         correction_options: keywords of that correction, e.g. ``{"cap": 2.0}``.
         aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
+        high_entropy_share: share of the global batch's policy tokens, those with the highest entropy, that are learnt
+            from (arXiv 2506.01939 has 0.2); 1: all. Costs a forward pass.
         kl_coef: weight of the KL penalty against the starting policy; at 0 no reference model exists.
         kl_in: ``loss`` adds the penalty to the loss, ``reward`` takes it off the reward of every token, for estimators
             that look at tokens.
@@ -117,6 +119,7 @@ class RLHFModule(pl.LightningModule):
         correction: str = "none",
         correction_options: dict[str, Any] | None = None,
         aggregation: str | None = None,
+        high_entropy_share: float = 1.0,
         kl_coef: float | None = None,
         kl_estimator: str | None = None,
         kl_in: str | None = None,
@@ -168,6 +171,7 @@ class RLHFModule(pl.LightningModule):
         self.policy_loss_options: dict[str, Any] = dict(chosen["policy_loss_options"])
         self.correction, self.correction_options = correction, dict(correction_options or {})
         self.aggregation: str = chosen["aggregation"]
+        self.high_entropy_share = high_entropy_share
         self.kl_coef: float = chosen["kl_coef"]
         self.kl_estimator: str = chosen["kl_estimator"]
         self.kl_in: str = chosen["kl_in"]
@@ -323,13 +327,16 @@ class RLHFModule(pl.LightningModule):
     def _score(self, trajectories: list[Trajectory]) -> None:
         """Fill in the log-probabilities before the update and under the reference, where they are needed."""
         # With a single step the first pass itself gives the former: the weights are still the same.
-        if self.epochs_per_rollout * self.steps_per_epoch > 1 or (self.kl_coef and self.kl_in == "reward"):
-            for t, logprobs in zip(trajectories, self._logprobs_of(self.actor, trajectories), strict=True):
-                t.old_logprobs = logprobs
+        several_steps, selects = self.epochs_per_rollout * self.steps_per_epoch > 1, self.high_entropy_share < 1
+        if several_steps or selects or (self.kl_coef and self.kl_in == "reward"):
+            logprobs, entropies = self._logprobs_of(self.actor, trajectories, entropy=selects)
+            for i, t in enumerate(trajectories):
+                t.old_logprobs, t.entropies = logprobs[i], entropies[i] if selects else None
         if self.kl_coef:
             with self._reference_policy() as policy:
-                for t, logprobs in zip(trajectories, self._logprobs_of(policy, trajectories), strict=True):
-                    t.reference_logprobs = logprobs
+                logprobs, _ = self._logprobs_of(policy, trajectories)
+            for t, reference in zip(trajectories, logprobs, strict=True):
+                t.reference_logprobs = reference
 
     def _kl_of(self, t: Trajectory) -> Tensor:
         """``[T]`` the estimated KL at each token, before the update."""
@@ -338,7 +345,7 @@ class RLHFModule(pl.LightningModule):
 
     def _optimizer_step(self, minibatch: list[Trajectory]) -> dict[str, float]:
         """One optimizer step over this rank's `minibatch`, in as many passes as the token budget asks for."""
-        totals = self._totals(minibatch)
+        totals, threshold = self._totals(minibatch), self._entropy_threshold(minibatch)
         # A sample whose advantage is 0 has no gradient unless the KL term gives it one. It still counts in the mean.
         in_loss = self.kl_coef and self.kl_in == "loss"
         used = [t for t in minibatch if in_loss or any(t.advantages)]
@@ -351,6 +358,9 @@ class RLHFModule(pl.LightningModule):
             at_sampling = batch.pack_values(old) if old else logprobs.detach()
             sampled = batch.pack_values([t.completion.logprobs for t in used])
             weights = self._correct(at_sampling, sampled, batch.trajectory)
+            if threshold is not None:
+                selected = batch.pack_values([t.entropies for t in used if t.entropies is not None]) >= threshold
+                weights = selected.to(logprobs.dtype) * (1.0 if weights is None else weights)
             loss, metrics = algorithms.policy_loss(
                 self.policy_loss,
                 logprobs,
@@ -372,7 +382,7 @@ class RLHFModule(pl.LightningModule):
                 metrics["kl"] = (kl.detach() * shares).sum()
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
             if weights is not None:
-                metrics |= {"correction_mean": weights.mean(), "correction_zero": (weights == 0).double().mean()}
+                metrics |= {"weight_mean": weights.mean(), "weight_zero": (weights == 0).double().mean()}
             self._step(loss, needed)
             values = {"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}}
             passes.append((logprobs.numel(), values))
@@ -380,6 +390,14 @@ class RLHFModule(pl.LightningModule):
             idle = completion_logprobs(self.actor, self._idle_batch(), self.sampling.temperature)  # type: ignore[arg-type]
             self._step(0 * idle.logprobs.sum(), needed)
         return combine_passes([p for rank in self.strategy.gather_objects(passes) for p in rank])
+
+    def _entropy_threshold(self, minibatch: Sequence[Trajectory]) -> float | None:
+        """Entropy from which on tokens of this optimizer step are learnt from; None: all of them."""
+        if self.high_entropy_share == 1:
+            return None
+        mine = [t.entropies[torch.tensor(t.mask)].cpu() for t in minibatch if t.entropies is not None]
+        everywhere = self.strategy.gather_objects(torch.cat(mine) if mine else torch.zeros(0))
+        return algorithms.entropy_threshold(torch.cat(everywhere), self.high_entropy_share)
 
     def _correct(self, trainer_logprobs: Tensor, engine_logprobs: Tensor, sequence: Tensor) -> Tensor | None:
         if self.correction == "none":
@@ -437,13 +455,21 @@ class RLHFModule(pl.LightningModule):
                 yield [i for group in chosen for i in groups.get(group, ())]
 
     @torch.no_grad()
-    def _logprobs_of(self, policy: Any, trajectories: list[Trajectory]) -> list[Tensor]:
-        """Log-probabilities of every completion under `policy`, one tensor a trajectory."""
+    def _logprobs_of(
+        self, policy: Any, trajectories: list[Trajectory], entropy: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probabilities of every completion under `policy`, one tensor a trajectory, and by choice entropies."""
         batches = self._pack(trajectories)
         company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
-        flat = [completion_logprobs(policy, b, self.sampling.temperature).logprobs for b in [*batches, *company]]
-        flat = flat[: len(batches)]
-        return unpack(batches, flat, trajectories)
+        scored = [
+            completion_logprobs(policy, batch, self.sampling.temperature, entropy=entropy)
+            for batch in [*batches, *company]
+        ][: len(batches)]
+        entropies = [s.entropy for s in scored if s.entropy is not None]
+        return (
+            unpack(batches, [s.logprobs for s in scored], trajectories),
+            unpack(batches, entropies, trajectories) if entropy else [],
+        )
 
     @contextlib.contextmanager
     def _reference_policy(self) -> Iterator[Any]:
@@ -686,6 +712,7 @@ class RLHFModule(pl.LightningModule):
         if self.advantage_estimator == "gae":
             raise ValueError("advantage_estimator='gae' needs a critic, which RLHFModule does not have yet")
         checks = {
+            "high_entropy_share": (0 < self.high_entropy_share <= 1, "above 0 and at most 1 (all tokens)"),
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
             "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
@@ -750,7 +777,8 @@ class RLHFModule(pl.LightningModule):
         }
         names = (
             "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
-            "correction_options", "aggregation", "kl_coef", "kl_estimator", "kl_in", "kl_target", "kl_horizon",
+            "correction_options", "aggregation", "high_entropy_share", "kl_coef", "kl_estimator", "kl_in", "kl_target",
+            "kl_horizon",
             "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip", "advantage_norm", "advantage_clip",
             "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch",
             "token_budget", "share_prompts", "seed",

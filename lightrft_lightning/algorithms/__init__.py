@@ -23,7 +23,7 @@ from lightrft_lightning.algorithms.losses import (
     summarize,
 )
 from lightrft_lightning.algorithms.presets import PRESET_SETTINGS, PRESETS, resolve
-from lightrft_lightning.algorithms.shaping import RunningMoments, overlong_penalty, whitened
+from lightrft_lightning.algorithms.shaping import RunningMoments, entropy_threshold, overlong_penalty, whitened
 
 __all__ = [
     "ADVANTAGES",
@@ -45,6 +45,7 @@ __all__ = [
     "aggregation_weights",
     "check_options",
     "compares_groups",
+    "entropy_threshold",
     "importance_weights",
     "kl_penalty",
     "mismatch_metrics",

@@ -33,6 +33,19 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, factor: floa
     return -factor * over.clamp(0, 1)
 
 
+def entropy_threshold(entropies: Tensor, share: float) -> float:
+    """The entropy that the given share of tokens reaches: only these are learnt from (arXiv 2506.01939, equation 6).
+
+    Args:
+        entropies: ``[N]`` of all policy tokens of the global batch.
+        share: of the tokens that are kept, above 0 and at most 1.
+    """
+    if not entropies.numel():
+        return 0.0
+    kept = max(1, round(share * entropies.numel()))
+    return float(entropies.sort(descending=True).values[kept - 1])
+
+
 class RunningMoments:
     """Mean and standard deviation of all rewards so far, of all ranks (Welford; Chan, Golub, LeVeque 1983).
 

@@ -103,6 +103,7 @@ class Trajectory:
         reward_parts: each reward function's own value.
         old_logprobs: ``[T]`` the trainer's log-probabilities of the completion before the update, if it needs them.
         reference_logprobs: ``[T]`` the same under the reference policy.
+        entropies: ``[T]`` of the trainer's distributions, in nats, before the update, if it needs them.
         advantages: one value a completion token, filled in by the advantage estimator.
     """
 
@@ -116,6 +117,7 @@ class Trajectory:
     reward_parts: dict[str, float] = field(default_factory=dict)
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    entropies: Tensor | None = None
     advantages: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft_lightning.algorithms import RunningMoments, overlong_penalty, whitened
+from lightrft_lightning.algorithms import RunningMoments, entropy_threshold, overlong_penalty, whitened
 
 
 def alone(value: torch.Tensor) -> torch.Tensor:
@@ -67,6 +67,14 @@ def test_running_moments_survive_a_checkpoint_and_normalise() -> None:
     equal = RunningMoments()
     equal.update(torch.tensor([0.7, 0.7]), alone)
     assert torch.equal(equal.normalised(values, minus_mean=False), values)
+
+
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=30, unique=True), st.floats(0.01, 1.0))
+def test_the_threshold_keeps_that_share(values: list[float], share: float) -> None:
+    entropies = torch.tensor(values, dtype=torch.float64)
+    kept = int((entropies >= entropy_threshold(entropies, share)).sum())
+    assert kept == max(1, round(share * len(values)))
+    assert entropy_threshold(torch.zeros(0), share) == 0
 
 
 def test_whitened() -> None:
