@@ -63,7 +63,7 @@ def load_model(
         ValueError: a folder without a model, weights that do not fill the model, or an unknown option.
         ImportError: the extra that reads this kind of model is missing.
     """
-    found = _resolve(source)
+    found = made_or_found(source)
     if not isinstance(found, str):
         with parameters_on_meta(False):
             made: Any = found.model()
@@ -92,7 +92,7 @@ def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -
             found, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
     except OSError as err:
-        raise FileNotFoundError(_not_loaded(found, err)) from err
+        raise FileNotFoundError(not_loaded(found, err)) from err
     if report["missing_keys"]:  # Transformers would leave them at random and only warn
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
@@ -107,7 +107,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         ValueError: a folder without a tokenizer that can be loaded, or an unknown option.
         ImportError: the extra that reads this kind of model is missing.
     """
-    found = _resolve(source)
+    found = made_or_found(source)
     tokenizer = found.tokenizer() if not isinstance(found, str) else _pretrained_tokenizer(found)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -125,19 +125,19 @@ def _pretrained_tokenizer(found: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(found)
     except Exception as err:  # the tokenizers library raises plain Exception for a broken file
         if not folder.is_dir() and isinstance(err, OSError):
-            raise FileNotFoundError(_not_loaded(found, err)) from err
+            raise FileNotFoundError(not_loaded(found, err)) from err
         raise ValueError(f"the tokenizer in {found} cannot be loaded: {_first_line(err)}. {fix}") from err
     return tokenizer
 
 
-def _resolve(source: Source) -> str | ModelSource:
+def made_or_found(source: Source) -> str | ModelSource:
     """What `source` means: a string for `from_pretrained`, or a `ModelSource` with the options filled in."""
     name, options = _name_and_options(source)
     if name in MODEL_SOURCES:
         entry = MODEL_SOURCES[name]
         if not isinstance(entry, ModelSource):
             _check_options(name, options, entry)
-            return _resolve(entry(**options))
+            return made_or_found(entry(**options))
         _check_options(name, options, entry.model)
         return ModelSource(lambda: entry.model(**options), lambda: entry.tokenizer(**options))
     if options:
@@ -185,7 +185,8 @@ def _pretrained(name: str) -> str:
     return name
 
 
-def _not_loaded(found: str, err: OSError) -> str:
+def not_loaded(found: str, err: OSError) -> str:
+    """The message for a folder or hub id that Transformers could not load."""
     if Path(found).is_dir():
         return f"the model in {found} cannot be loaded: {_first_line(err)}"
     return (

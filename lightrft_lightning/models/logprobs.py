@@ -63,7 +63,7 @@ def completion_logprobs(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
     causal_lm = find_causal_lm(model)
-    _check_layout(causal_lm, batch)
+    check_layout(causal_lm, batch)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("a prompt-learning adapter adds tokens that packed rows do not have; use LoRA or the like")
     backbone, own_forward = causal_lm.base_model, causal_lm.forward
@@ -74,7 +74,7 @@ def completion_logprobs(
         def head(hidden_NH: Tensor) -> Tensor:
             # The other fields (a mixture of experts' router logits) stay, because the model's forward may read them.
             rest = {**output, "last_hidden_state": hidden_NH[None]}
-            with _replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest)):
+            with replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest)):
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
@@ -85,7 +85,7 @@ def completion_logprobs(
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
     if batch.shared:  # right-padded rows have the positions that every model assumes by itself
         inputs["position_ids"] = batch.position_ids
-    with _replaced_forward(causal_lm, forward):
+    with replaced_forward(causal_lm, forward):
         return model(**inputs)
 
 
@@ -95,11 +95,15 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    pretrained = import_extra("transformers", "hf").PreTrainedModel
-    found = next((module for module in model.modules() if isinstance(module, pretrained)), None)
+    found = _pretrained_part(model)
     if found is None or found.base_model is found or found.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
     return found
+
+
+def _pretrained_part(model: nn.Module) -> PreTrainedModel | None:
+    pretrained = import_extra("transformers", "hf").PreTrainedModel
+    return next((module for module in model.modules() if isinstance(module, pretrained)), None)
 
 
 def shared_prompt_problem(model: nn.Module) -> str | None:
@@ -107,30 +111,33 @@ def shared_prompt_problem(model: nn.Module) -> str | None:
 
     Ask once, when the model is known, and pack with ``share_prompts=False`` if there is a problem.
     """
-    causal_lm = find_causal_lm(model)
-    config = causal_lm.config.get_text_config()
+    inner = _pretrained_part(model)
+    if inner is None:
+        raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face model")
+    config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    name = type(causal_lm).__name__
-    if causal_lm.config._attn_implementation not in ("sdpa", "eager"):
-        return f"attn_implementation={causal_lm.config._attn_implementation!r} takes no dense mask; use 'sdpa'"
-    if getattr(causal_lm, "_is_stateful", False) or not kinds <= {
+    name = type(inner).__name__
+    if inner.config._attn_implementation not in ("sdpa", "eager"):
+        return f"attn_implementation={inner.config._attn_implementation!r} takes no dense mask; use 'sdpa'"
+    if getattr(inner, "_is_stateful", False) or not kinds <= {
         "full_attention",
         "sliding_attention",
         "chunked_attention",
     }:
         return f"{name} has recurrent layers, which read a row from left to right and ignore the mask"
-    if "position_ids" not in inspect.signature(causal_lm.base_model.forward).parameters:
+    if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
         return f"{name} takes no position ids, so those of a second completion would be wrong"
     return None
 
 
-def _check_layout(causal_lm: PreTrainedModel, batch: PackedBatch) -> None:
+def check_layout(model: PreTrainedModel, batch: PackedBatch) -> None:
+    """Raise ValueError if `batch` shares prompts and `model` cannot take that."""
     fix = "; pack with share_prompts=False"
     if not batch.shared:
         return
-    if (problem := shared_prompt_problem(causal_lm)) is not None:
+    if (problem := shared_prompt_problem(model)) is not None:
         raise ValueError(problem + fix)
-    config = causal_lm.config.get_text_config()
+    config = model.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
         # A dense mask replaces the model's own, so a window would be ignored without a word.
@@ -183,7 +190,7 @@ def _chunked(
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` runs `forward` in place of its own; its hooks stay."""
     before = module.__dict__.get("forward")
     module.forward = forward

@@ -1,0 +1,130 @@
+"""Models that give numbers in place of words: critics (one a token) and reward models (one a text).
+
+Both are Hugging Face's sequence classification with a single label: the backbone and a linear ``score`` head without
+bias. So a reward model's folder can start a critic, and either is opened by `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning.experience.packing import PackedBatch
+from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
+from lightrft_lightning.models.logprobs import check_layout, replaced_forward
+from lightrft_lightning.models.streaming import parameters_on_meta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_scalar_model(
+    source: Source, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """A model with one number as its output.
+
+    Args:
+        source: as for `load_model`. The head of a sequence-classification model is kept; a causal language model
+            gets a new one, all zeros, so that it says 0 until it has learnt something.
+        dtype: of the weights.
+        attn_implementation: as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: as `load_model`.
+        ValueError: a model with several labels, or one that lacks weights besides the head's.
+    """
+    found = made_or_found(source)
+    with parameters_on_meta(False):
+        if isinstance(found, str):
+            model, new = _from_pretrained(found, dtype, attn_implementation)
+        else:
+            model, new = with_scalar_head(found.model()), True
+            model.set_attn_implementation(attn_implementation)
+    head = scalar_head(model)
+    if new:
+        nn.init.zeros_(head.weight)
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:  # Hugging Face's forward needs one, and finds the last token by it
+        ends = text.eos_token_id
+        text.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return model.to(dtype)
+
+
+def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, bool]:
+    transformers = import_extra("transformers", "hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(found)
+        classifies = any("SequenceClassification" in name for name in config.architectures or ())
+        if classifies and config.num_labels != 1:
+            raise ValueError(
+                f"{found} is a classifier with {config.num_labels} labels: a reward or value model has one"
+            )
+        config.num_labels = 1
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            found, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+        )
+    except OSError as err:
+        raise FileNotFoundError(not_loaded(found, err)) from err
+    head = {f"{name}.weight" for name, module in model.named_modules() if module is scalar_head(model)}
+    missing = sorted(set(report["missing_keys"]) - (set() if classifies else head))
+    if missing:
+        raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
+    return model, not classifies
+
+
+def with_scalar_head(causal_lm: Any) -> Any:
+    """A copy of `causal_lm`'s backbone with a new head, all zeros."""
+    config = copy.deepcopy(causal_lm.config)
+    config.num_labels = 1
+    config.architectures = None
+    auto = import_extra("transformers", "hf").AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=config._attn_implementation)
+    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    nn.init.zeros_(scalar_head(model).weight)
+    return model
+
+
+def scalar_head(model: Any) -> nn.Linear:
+    """The linear layer that makes the number.
+
+    Raises:
+        TypeError: `model` is no sequence-classification model of the kind that is built on a decoder.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise TypeError(f"{type(model).__name__} has no linear `score` head with one output")
+    return head
+
+
+def completion_values(model: Any, batch: PackedBatch) -> Tensor:
+    """``[N]`` float32: the value of the state in which each policy token of `batch` was chosen.
+
+    That is the head's output at the position before the token, so that the value of a completion's first token is a
+    function of its prompt alone.
+
+    Args:
+        model: from `load_scalar_model`, prepared by a strategy or not.
+        batch: from `pack`, on the model's device.
+
+    Raises:
+        ValueError: prompts are shared in `batch` and the model cannot take that.
+        TypeError: `model` has no scalar head.
+    """
+    check_layout(model, batch)
+    backbone, head = model.base_model, scalar_head(model)
+
+    def forward(**inputs: Any) -> Tensor:
+        hidden = backbone(**inputs).last_hidden_state[batch.row, batch.column]
+        return head(hidden)[:, 0].float()
+
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
+    if batch.shared:
+        inputs["position_ids"] = batch.position_ids
+    with replaced_forward(model, forward):
+        return model(**inputs)
