@@ -21,6 +21,7 @@ from lightrft_lightning.algorithms.losses import (
     aggregation_weights,
     policy_loss,
     summarize,
+    value_loss,
 )
 from lightrft_lightning.algorithms.presets import PRESET_SETTINGS, PRESETS, resolve
 from lightrft_lightning.algorithms.shaping import RunningMoments, entropy_threshold, overlong_penalty, whitened
@@ -54,5 +55,6 @@ __all__ = [
     "policy_loss",
     "resolve",
     "summarize",
+    "value_loss",
     "whitened",
 ]
