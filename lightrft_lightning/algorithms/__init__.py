@@ -7,6 +7,7 @@ from lightrft_lightning.algorithms.advantages import (
     Advantages,
     advantages,
     compares_groups,
+    needs_critic,
     normalises,
 )
 from lightrft_lightning.algorithms.corrections import CORRECTIONS, importance_weights, mismatch_metrics
@@ -50,6 +51,7 @@ __all__ = [
     "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
+    "needs_critic",
     "normalises",
     "overlong_penalty",
     "policy_loss",

@@ -19,6 +19,8 @@ PRESET_SETTINGS: dict[str, Any] = {
     "kl_coef": 0.0,
     "kl_estimator": "k3",
     "kl_in": "loss",
+    "advantage_norm": False,
+    "critic": None,
 }
 """What a preset may set, and what holds without one."""
 
@@ -56,6 +58,14 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "policy_loss": "ppo",
         "kl_coef": 1e-3,
         "kl_estimator": "k2",
+    },
+    # arXiv 1707.06347 with 1506.02438; the values of lambda and of the clips are those of 2203.02155 and 1909.08593
+    "ppo": {
+        "advantage_estimator": "gae",
+        "advantage_options": {"gamma": 1.0, "lam": 0.95},
+        "policy_loss": "ppo",
+        "advantage_norm": True,
+        "critic": {},
     },
     # Williams, 1992
     "reinforce": {

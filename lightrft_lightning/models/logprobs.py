@@ -26,14 +26,21 @@ class LogProbs(NamedTuple):
     Attributes:
         logprobs: ``[N]`` log-probability of each token.
         entropy: ``[N]`` entropy (nats) of the distribution it was drawn from, without gradient; None if not asked for.
+        hidden: ``[N, H]`` the backbone's output that the distribution was computed from; None if not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
+    hidden: Tensor | None
 
 
 def completion_logprobs(
-    model: nn.Module, batch: PackedBatch, temperature: float = 1.0, chunk_size: int = 512, entropy: bool = False
+    model: nn.Module,
+    batch: PackedBatch,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+    entropy: bool = False,
+    hidden: bool = False,
 ) -> LogProbs:
     """Log-probabilities of a batch's policy tokens under `model`.
 
@@ -52,6 +59,7 @@ def completion_logprobs(
         chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
             size.
         entropy: also compute the entropy of each distribution.
+        hidden: also return the hidden states, with gradient, for a head of the caller's.
 
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, or prompts are shared in `batch` and the model
@@ -79,7 +87,8 @@ def completion_logprobs(
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
-        return _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy)
+        scored = _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy)
+        return scored._replace(hidden=hidden_NH) if hidden else scored
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
@@ -186,7 +195,7 @@ def _chunked(
             result = score(hidden_CH, target_C)
         logprobs.append(result[0])
         entropies.append(result[1])
-    return LogProbs(torch.cat(logprobs), torch.cat(entropies) if entropy else None)
+    return LogProbs(torch.cat(logprobs), torch.cat(entropies) if entropy else None, None)
 
 
 @contextmanager
