@@ -171,7 +171,7 @@ class RLHFModule(pl.LightningModule):
                 "critic": critic,
             },
         )
-        self.algorithm = algorithm
+        self.algorithm, self._chosen = algorithm, chosen
         self.advantage_estimator: str = chosen["advantage_estimator"]
         self.advantage_options: dict[str, Any] = dict(chosen["advantage_options"])
         self.policy_loss: str = chosen["policy_loss"]
@@ -663,7 +663,7 @@ class RLHFModule(pl.LightningModule):
         # Its advice is to save the weights of before the step, from which a resumed run could not go on.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         if stage == "fit" and self.algorithm is not None:
-            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in algorithms.PRESET_SETTINGS)
+            settings = ", ".join(f"{name}={value!r}" for name, value in self._chosen.items())
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
