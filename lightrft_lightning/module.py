@@ -29,7 +29,9 @@ from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.critic import LR_SCHEDULES, Critic, as_critic, critic_values, new_critic
+from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
+from lightrft_lightning.experience.refill import Refill, informative_groups
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
 from lightrft_lightning.models.loading import load_model, load_tokenizer
@@ -48,6 +50,7 @@ DEFAULT_SAMPLING = SamplingParams(n=8)
 _NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
 KL_PLACES = ("loss", "reward")
 REWARD_NORMS = ("none", "scale", "full")
+SHORT_BATCHES = ("train", "error")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
 """Advantage estimators that look at single tokens."""
 
@@ -64,6 +67,8 @@ class RLHFModule(pl.LightningModule):
         tokenizer: default: the one of `model`.
         sampling: how training completions are drawn; `sampling.n` is the group size.
         val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
+        first_token_temperature: that of the first token of training completions, for more variety (FIRE sampling, arXiv
+            2410.21236, which has 30); None: that of the others.
         algorithm: name in `algorithms.PRESETS`, like ``dapo``: sets `algorithms.PRESET_SETTINGS` at once, and says so.
             What is given beside it wins; without it they are those of GRPO with every token weighing the same.
         advantage_estimator: name in `algorithms.ADVANTAGES`.
@@ -83,6 +88,10 @@ class RLHFModule(pl.LightningModule):
         kl_horizon: completions in which it changes by at most 20 %.
         kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
         kl_unbiased_gradient: in the loss, take the gradient of the KL itself in place of the estimator's.
+        dynamic_sampling: replace prompts whose completions all earn the same by others of the training set, until the
+            batch is full of groups to learn from (arXiv 2503.14476, section 3.2).
+        sampling_attempts: most times that an iteration samples further prompts for this.
+        short_batch: what happens if these do not suffice: ``train`` on what there is with a warning, or ``error``.
         overlong_buffer: tokens before the length limit where the penalty for long completions begins; 0: none.
         overlong_factor: that penalty at the limit.
         reward_norm: ``scale`` divides rewards by the standard deviation of all so far, ``full`` subtracts their mean
@@ -114,6 +123,7 @@ class RLHFModule(pl.LightningModule):
         tokenizer: Any = None,
         sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
+        first_token_temperature: float | None = None,
         algorithm: str | None = None,
         advantage_estimator: str | None = None,
         advantage_options: dict[str, Any] | None = None,
@@ -129,6 +139,9 @@ class RLHFModule(pl.LightningModule):
         kl_in: str | None = None,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
+        dynamic_sampling: bool = False,
+        sampling_attempts: int = 10,
+        short_batch: str = "train",
         overlong_buffer: int = 0,
         overlong_factor: float = 1.0,
         reward_norm: str = "none",
@@ -154,7 +167,7 @@ class RLHFModule(pl.LightningModule):
         sampling = _as_sampling(sampling)
         greedy = SamplingParams(temperature=0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
         self.automatic_optimization = False
-        self.sampling = sampling
+        self.sampling, self.first_token_temperature = sampling, first_token_temperature
         self.val_sampling = greedy if val_sampling is None else _as_sampling(val_sampling)
         chosen = algorithms.resolve(
             algorithm,
@@ -184,6 +197,8 @@ class RLHFModule(pl.LightningModule):
         self.kl_unbiased_gradient = kl_unbiased_gradient
         self.kl_in: str = chosen["kl_in"]
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
+        self.dynamic_sampling, self.sampling_attempts = dynamic_sampling, sampling_attempts
+        self.short_batch = short_batch
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.reward_norm, self.reward_clip = reward_norm, reward_clip
         self.advantage_norm: bool = chosen["advantage_norm"]
@@ -220,21 +235,65 @@ class RLHFModule(pl.LightningModule):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        with self.rewards.in_background() as scoring:
-            trajectories = self.rollout(batch, self._iteration_sampling(), scoring.add)
-            sampled = time.perf_counter()
-            report = scoring.finish()
-        scored = time.perf_counter()
-        usable = self.estimate_advantages(trajectories)
+        sampled = self._sample(batch)
+        learnable = self._refilled(sampled, batch) if self.dynamic_sampling else sampled.trajectories
+        self.last_trajectories = sampled.trajectories
+        usable = self.estimate_advantages(learnable)
+        before = time.perf_counter()
         metrics = self.update(usable)
-        self._log_iteration(trajectories, usable, report, metrics, (start, sampled, scored, time.perf_counter()))
+        end = time.perf_counter()
+        seconds = {**sampled.seconds, "update": end - before, "iteration": end - start}
+        self._log_iteration(sampled, usable, metrics, seconds)
         self.iteration += 1
+
+    def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> _Sampled:
+        """Completions with their rewards, which are computed while others are still being generated."""
+        start = time.perf_counter()
+        with self.rewards.in_background() as scoring:
+            trajectories = self.rollout(prompts, self._iteration_sampling(), scoring.add, first_group)
+            generated = time.perf_counter()
+            report = scoring.finish()
+        seconds = {"rollout": generated - start, "rewards": time.perf_counter() - generated}
+        return _Sampled(trajectories, report, seconds)
+
+    def _refilled(self, sampled: _Sampled, batch: Sequence[Prompt]) -> list[Trajectory]:
+        """As many groups of unequal rewards as the batch has prompts: others are sampled until there are.
+
+        What is sampled is added to `sampled`. All ranks together; they may end up with unequal numbers of groups.
+        """
+        gather, ranks, rank = self.strategy.gather_objects, self.trainer.world_size, self.trainer.global_rank
+        groups = wanted = len(batch) * ranks
+        used = set().union(*gather({p.token_ids for p in batch}))
+        source = Refill(self.trainer.train_dataloader.dataset, used, derive_seed(self.seed, self.iteration, 1))  # type: ignore[union-attr]
+        for _ in range(self.sampling_attempts):
+            found = sorted(g for of_rank in gather(informative_groups(sampled.trajectories)) for g in of_rank)
+            prompts = source.take(-(-(wanted - len(found)) // ranks) * ranks)
+            prompts = prompts[: len(prompts) // ranks * ranks]  # all ranks generate together
+            if not prompts:
+                break
+            sampled.add(self._sample(prompts[rank::ranks], groups))
+            groups += len(prompts)
+        found = sorted(g for of_rank in gather(informative_groups(sampled.trajectories)) for g in of_rank)
+        sampled.resampled = groups - wanted
+        if len(found) < wanted:
+            told = (
+                f"iteration {self.iteration + 1}: after {groups} prompts only {len(found)} of {wanted} groups have "
+                "unequal rewards"
+            )
+            if self.short_batch == "error":
+                raise RuntimeError(
+                    f"{told}. Raise sampling_attempts, take other prompts, or train on with short_batch='train'"
+                )
+            log.warning("%s, the batch is short", told)
+        kept = set(found[:wanted])
+        return [t for t in sampled.trajectories if t.group in kept]
 
     def rollout(
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         on_group: Callable[[list[Trajectory]], None] | None = None,
+        first_group: int = 0,
     ) -> list[Trajectory]:
         """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group.
 
@@ -244,12 +303,19 @@ class RLHFModule(pl.LightningModule):
             prompts: of this rank.
             sampling: see `SamplingParams`.
             on_group: called with each group as soon as the engine has finished it.
+            first_group: number of the first.
         """
         engine, ranks, rank = self.rollout_engine, self.trainer.world_size, self.trainer.global_rank
-        numbers = [k * ranks + rank for k in range(len(prompts))]
+        numbers = [first_group + k * ranks + rank for k in range(len(prompts))]
         groups: dict[int, list[Trajectory]] = {}
+        ids = [p.token_ids for p in prompts]
+        hot = self.first_token_temperature if self.trainer.training else None
         with engine.awake():
-            for i, completions in engine.stream([p.token_ids for p in prompts], sampling, numbers):
+            for i, completions in (
+                stream_with_hot_start(engine, ids, sampling, numbers, hot)
+                if hot is not None
+                else engine.stream(ids, sampling, numbers)
+            ):
                 groups[i] = [] if prompts[i].filler else self._trajectories(prompts[i], completions, numbers[i])
                 if on_group is not None:
                     on_group(groups[i])
@@ -383,7 +449,7 @@ class RLHFModule(pl.LightningModule):
         needed = self._most(len(batches))
         passes = []
         for batch in batches:
-            scored = completion_logprobs(self.actor, batch, self.sampling.temperature, hidden=self._shares_trunk)  # type: ignore[arg-type]
+            scored = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
             logprobs = scored.logprobs
             old = [t.old_logprobs for t in used if t.old_logprobs is not None]
             at_sampling = batch.pack_values(old) if old else logprobs.detach()
@@ -428,7 +494,7 @@ class RLHFModule(pl.LightningModule):
             passes.append((logprobs.numel(), values))
         for _ in range(needed - len(batches)):
             batch = self._idle_batch()
-            idle = completion_logprobs(self.actor, batch, self.sampling.temperature, hidden=self._shares_trunk)  # type: ignore[arg-type]
+            idle = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
             loss = 0 * idle.logprobs.sum()
             if self._shares_trunk:
                 loss = loss + 0 * critic_values(self.critic, batch, idle.hidden).sum()
@@ -463,12 +529,18 @@ class RLHFModule(pl.LightningModule):
             totals=totals,
         )
 
+    def _temperature(self, batch: PackedBatch) -> float | Tensor:
+        """What the policy tokens of `batch` were drawn at."""
+        if self.first_token_temperature is None:
+            return self.sampling.temperature
+        return torch.where(batch.position == 0, self.first_token_temperature, self.sampling.temperature)
+
     def _values(self, batch: PackedBatch) -> Tensor:
         """``[N]`` what the critic says; no gradient goes into a trunk that it shares."""
         hidden = None
         if self._shares_trunk:
             with torch.no_grad():
-                hidden = completion_logprobs(self.actor, batch, self.sampling.temperature, hidden=True).hidden  # type: ignore[arg-type]
+                hidden = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=True).hidden  # type: ignore[arg-type]
         return critic_values(self.critic, batch, hidden)
 
     @torch.no_grad()
@@ -582,7 +654,7 @@ class RLHFModule(pl.LightningModule):
         batches = self._pack(trajectories)
         company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
         scored = [
-            completion_logprobs(policy, batch, self.sampling.temperature, entropy=entropy)
+            completion_logprobs(policy, batch, self._temperature(batch), entropy=entropy)
             for batch in [*batches, *company]
         ][: len(batches)]
         entropies = [s.entropy for s in scored if s.entropy is not None]
@@ -794,7 +866,7 @@ class RLHFModule(pl.LightningModule):
         critic = () if config.advantage_estimator == "gae" else ("critic_pretrain", "critic_learning_rate")
         refused = (
             *critic, "remote_rm_url", "pretrain_data", "mixed_mm_data",
-            "micro_rollout_batch_size", "dynamic_sampling", "plot_every", "use_tensorboard",
+            "micro_rollout_batch_size", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
             if getattr(config, name) != type(config).__dataclass_fields__[name].default:
@@ -807,6 +879,7 @@ class RLHFModule(pl.LightningModule):
             "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
             "advantage_estimator": config.advantage_estimator,
             "kl_estimator": config.kl_estimator,
+            "dynamic_sampling": config.dynamic_sampling,
             "overlong_buffer": config.overlong_buffer_len if config.overlong_buffer else 0,
             "overlong_factor": config.overlong_buffer_penalty_factor,
             "reward_norm": _reward_norm(config),
@@ -835,6 +908,7 @@ class RLHFModule(pl.LightningModule):
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("kl_in", self.kl_in, KL_PLACES),
             ("reward_norm", self.reward_norm, REWARD_NORMS),
+            ("short_batch", self.short_batch, SHORT_BATCHES),
         ):
             if name not in valid:
                 raise ValueError(unknown_name(kind, name, valid))
@@ -861,11 +935,14 @@ class RLHFModule(pl.LightningModule):
             )
         if self.kl_unbiased_gradient and not (self.kl_coef and self.kl_in == "loss"):
             raise ValueError("kl_unbiased_gradient=True is about a penalty in the loss: set kl_coef and kl_in='loss'")
+        first = self.first_token_temperature
         checks = {
+            "first_token_temperature": (first is None or first > 0, "above 0, or None"),
             "high_entropy_share": (0 < self.high_entropy_share <= 1, "above 0 and at most 1 (all tokens)"),
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
             "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
+            "sampling_attempts": (self.sampling_attempts >= 1, "at least 1"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
             "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
             "lr": (self.lr >= 0, "0 or more"),
@@ -894,6 +971,11 @@ class RLHFModule(pl.LightningModule):
             nothing = torch.zeros(0)
             limit = self.sampling.max_new_tokens
             algorithms.overlong_penalty(nothing, limit, self.overlong_buffer, self.overlong_factor)
+        if self.dynamic_sampling and not self._compares_groups:
+            raise ValueError(
+                f"dynamic_sampling=True with advantage_estimator={self.advantage_estimator!r}, which does not compare "
+                "the completions of a prompt: it learns from equal rewards too"
+            )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()
@@ -915,6 +997,11 @@ class RLHFModule(pl.LightningModule):
             )
         if s.temperature == 0:
             raise ValueError("sampling.temperature=0 (greedy) draws the same completion every time: set it above 0")
+        if s.stop and self.first_token_temperature is not None:
+            raise ValueError(
+                f"sampling.stop={s.stop} with first_token_temperature={self.first_token_temperature}: a stop string "
+                "that begins with the first token, which is sampled by itself, would be missed; leave one of them out"
+            )
         if s.top_p < 1 or s.top_k > 0:
             raise ValueError(
                 f"sampling.top_p={s.top_p}, top_k={s.top_k}: the engine would sample from another distribution than "
@@ -931,13 +1018,12 @@ class RLHFModule(pl.LightningModule):
             "critic": self.critic_settings and self.critic_settings.plain(),
         }
         names = (
-            "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
-            "correction_options", "aggregation", "high_entropy_share", "kl_coef", "kl_estimator",
-            "kl_unbiased_gradient", "kl_in", "kl_target",
-            "kl_horizon",
-            "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip", "advantage_norm", "advantage_clip",
-            "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch",
-            "token_budget", "share_prompts", "seed",
+            "first_token_temperature", "algorithm", "advantage_estimator", "advantage_options", "policy_loss",
+            "policy_loss_options", "correction", "correction_options", "aggregation", "high_entropy_share", "kl_coef",
+            "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
+            "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
+            "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
@@ -952,17 +1038,15 @@ class RLHFModule(pl.LightningModule):
 
     def _log_iteration(
         self,
-        trajectories: Sequence[Trajectory],
+        sampled: _Sampled,
         usable: Sequence[Trajectory],
-        report: RewardReport,
         update: Mapping[str, float],
-        times: tuple[float, float, float, float],
+        seconds: Mapping[str, float],
     ) -> None:
-        start, sampled, scored, end = times
-        samples = self._gather_samples(trajectories)
+        samples = self._gather_samples(sampled.trajectories)
         tokens = sum(s.length for s in samples)
         counts = {
-            "failed_rewards": report.failed,
+            "failed_rewards": sampled.report.failed,
             "groups_with_signal": len({t.group for t in usable if any(t.advantages)}),
         }
         train = {
@@ -972,21 +1056,33 @@ class RLHFModule(pl.LightningModule):
             "policy_version": float(self.rollout_engine.version),
             "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
+        if self.dynamic_sampling:
+            train["resampled_groups"] = float(sampled.resampled)
         if self.reward_norm != "none":
             moments = self.reward_moments
             train |= {"reward_running_mean": moments.mean, "reward_running_std": moments.std}
         norms = self.strategy.grad_norms if update else {}
-        train |= {
-            name: norms[of] for name, of in (("grad_norm", "actor"), ("critic_grad_norm", "critic")) if of in norms
-        }
-        timing = {
-            "rollout": sampled - start,
-            "rewards": scored - sampled,
-            "update": end - scored,
-            "tokens_per_second": tokens / (end - start),
-        }
+        named = {"actor": "grad_norm", "critic": "critic_grad_norm"}
+        train |= {named[model]: norm for model, norm in norms.items()}
+        iteration = seconds["iteration"]
+        timing = {k: v for k, v in seconds.items() if k != "iteration"} | {"tokens_per_second": tokens / iteration}
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
+
+
+@dataclasses.dataclass
+class _Sampled:
+    """What one iteration has sampled: completions with rewards, what became of these, and how long it took."""
+
+    trajectories: list[Trajectory]
+    report: RewardReport
+    seconds: dict[str, float]
+    resampled: int = 0
+
+    def add(self, other: _Sampled) -> None:
+        self.trajectories = self.trajectories + other.trajectories
+        self.report = self.report + other.report
+        self.seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
 
 
 def _reward_norm(config: StrategyConfig) -> str:

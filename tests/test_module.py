@@ -68,10 +68,25 @@ def fit(path, module, max_epochs, ckpt_path=None, stop=None):
     return record, trainer
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6], ids=["mid-epoch", "epoch-end", "second-epoch"])
-def test_resume_is_bit_for_bit(tmp_path, stop):
+def sometimes(completion: str, prompt: str) -> float:
+    """Equal within most groups."""
+    return float("2" in completion) if prompt[0] == "3" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("stop", "algorithm"),
+    [(3, {}), (4, {}), (6, {}), (3, {"dynamic_sampling": True, "rewards": sometimes})],
+    ids=["mid-epoch", "epoch-end", "second-epoch", "resampling"],
+)
+def test_resume_is_bit_for_bit(tmp_path, stop, algorithm):
     """Weights, moments, schedule, random state (dropout), data order and engine version all come back."""
-    settings = {"dropout": 0.2, "lr_schedule": "cosine", "warmup_ratio": 0.2, "steps_per_epoch": 2, "kl_coef": 0.01}
+    settings = algorithm | {
+        "dropout": 0.2,
+        "lr_schedule": "cosine",
+        "warmup_ratio": 0.2,
+        "steps_per_epoch": 2,
+        "kl_coef": 0.01,
+    }
     straight = make_module(**settings)
     whole, trainer = fit(tmp_path / "a", straight, 2)
     torch.manual_seed(99)
@@ -238,6 +253,65 @@ def test_advantages_of_the_global_batch_are_normalised(tmp_path):
     values = torch.tensor([a for t in module.last_trajectories for a in t.advantages])
     assert values.mean().item() == pytest.approx(0, abs=1e-6)
     assert values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_groups_without_a_difference_are_replaced(tmp_path):
+    module, record = make_module(rewards=sometimes, dynamic_sampling=True, lr=3e-3), Record()
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0).fit(
+        module, make_data(batch_size=2)
+    )
+    groups = {}
+    for t in module.last_trajectories:
+        groups.setdefault(t.group, []).append(t)
+    learnt = {g for g, members in groups.items() if any(any(t.advantages) for t in members)}
+    metrics = record.metrics[0]
+    assert len(learnt) == 2 == metrics["train/groups_with_signal"]
+    assert metrics["train/resampled_groups"] == len(groups) - 2 > 0
+    assert {members[0].prompt.text[0] for g, members in groups.items() if g in learnt} == {"3"}
+    prompts = [members[0].prompt.token_ids for members in groups.values()]
+    assert len(set(prompts)) == len(prompts)
+    assert metrics["train/reward"] == pytest.approx(
+        sum(t.reward for t in module.last_trajectories) / len(module.last_trajectories)
+    )
+
+
+def test_a_batch_that_cannot_be_filled(tmp_path, caplog):
+    def always(completion: str) -> float:
+        return 1.0
+
+    def one_prompt(completion: str, prompt: str) -> float:
+        return even_digits(completion) if prompt == "3+3=" else 1.0
+
+    def fit(rewards, **settings):
+        module, record = make_module(rewards=rewards, dynamic_sampling=True, **settings), Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0)
+        trainer.fit(module, make_data(batch_size=4))
+        return record.metrics[0]
+
+    with pytest.raises(RuntimeError, match="after 16 prompts only 0 of 4 groups have unequal rewards"):
+        fit(always, short_batch="error")
+    with caplog.at_level(logging.WARNING):
+        assert fit(one_prompt)["train/groups_with_signal"] == 1
+    assert "after 16 prompts only 1 of 4 groups have unequal rewards, the batch is short" in caplog.text
+    assert fit(always, sampling_attempts=1)["train/resampled_groups"] == 4
+
+
+def test_the_first_token_may_be_hotter(tmp_path):
+    """More variety there and nowhere else; the trainer computes the distribution that it was drawn from."""
+    cold, hot = [], []
+    for temperature, firsts in ((None, cold), (30.0, hot)):
+        module, record = make_module(first_token_temperature=temperature, sampling=SamplingParams(32, 5, 0.2)), Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0)
+        trainer.fit(module, make_data())
+        assert all(m["train/mismatch_max"] < 1e-4 for m in record.metrics)
+        firsts += [len({ids[0] for ids in record.tokens[0][k : k + 32]}) for k in range(0, 128, 32)]
+        assert {len(ids) for ids in record.tokens[0]} <= set(range(1, 6))
+        assert all(t.completion.finish_reason != "length" or len(t.mask) == 5 for t in module.last_trajectories)
+        if temperature:  # the distribution at this temperature is nearly uniform over 16 tokens
+            logprobs = [t.completion.logprobs for t in module.last_trajectories]
+            assert all(abs(p[0] + math.log(16)) < 0.2 for p in logprobs)
+            assert any(abs(p[1] + math.log(16)) > 1.0 for p in logprobs if len(p) > 1)
+    assert min(hot) > max(cold)
 
 
 def test_a_correction_weighs_what_the_engine_drew_from_another_policy(tmp_path):
@@ -510,7 +584,7 @@ def test_failed_rewards_may_get_a_fixed_value(tmp_path):
     assert {t.reward for t in module.last_trajectories} == {-2.0}
 
 
-@pytest.mark.parametrize("field", [{"dynamic_sampling": True}, {"remote_rm_url": "x"}, {"plot_every": 5}])
+@pytest.mark.parametrize("field", [{"remote_rm_url": "x"}, {"plot_every": 5}])
 def test_from_config_refuses_what_it_cannot_do(field):
     with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not there yet"):
         RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)

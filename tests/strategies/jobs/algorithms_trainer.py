@@ -84,5 +84,14 @@ def check_every_step_of_shaping():
     assert_independent_of_ranks(advantage_estimator="reinforce", advantage_norm=True, kl_coef=0.1, kl_in="reward")
 
 
+def sometimes(completion: str, prompt: str) -> float:
+    """Equal within most groups, so that the ranks find unequal numbers of others."""
+    return float("2" in completion) if prompt[0] in "13" else 1.0
+
+
+def check_replaced_prompts_and_a_hot_first_token():
+    assert_independent_of_ranks(dynamic_sampling=True, rewards=sometimes, first_token_temperature=5.0)
+
+
 if __name__ == "__main__":
     checks.run(dict(globals()))
