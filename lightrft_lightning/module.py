@@ -139,7 +139,7 @@ class RLHFModule(pl.LightningModule):
         kl_in: str | None = None,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
-        dynamic_sampling: bool = False,
+        dynamic_sampling: bool | None = None,
         sampling_attempts: int = 10,
         short_batch: str = "train",
         overlong_buffer: int = 0,
@@ -182,6 +182,7 @@ class RLHFModule(pl.LightningModule):
                 "kl_in": kl_in,
                 "advantage_norm": advantage_norm,
                 "critic": critic,
+                "dynamic_sampling": dynamic_sampling,
             },
         )
         self.algorithm, self._chosen = algorithm, chosen
@@ -197,8 +198,8 @@ class RLHFModule(pl.LightningModule):
         self.kl_unbiased_gradient = kl_unbiased_gradient
         self.kl_in: str = chosen["kl_in"]
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
-        self.dynamic_sampling, self.sampling_attempts = dynamic_sampling, sampling_attempts
-        self.short_batch = short_batch
+        self.dynamic_sampling: bool = chosen["dynamic_sampling"]
+        self.sampling_attempts, self.short_batch = sampling_attempts, short_batch
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.reward_norm, self.reward_clip = reward_norm, reward_clip
         self.advantage_norm: bool = chosen["advantage_norm"]
@@ -879,7 +880,7 @@ class RLHFModule(pl.LightningModule):
             "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
             "advantage_estimator": config.advantage_estimator,
             "kl_estimator": config.kl_estimator,
-            "dynamic_sampling": config.dynamic_sampling,
+            "dynamic_sampling": config.dynamic_sampling or None,
             "overlong_buffer": config.overlong_buffer_len if config.overlong_buffer else 0,
             "overlong_factor": config.overlong_buffer_penalty_factor,
             "reward_norm": _reward_norm(config),
@@ -967,6 +968,12 @@ class RLHFModule(pl.LightningModule):
         if sum(divisors.values()) > 1:
             twice = " and ".join(name for name, divides in divisors.items() if divides)
             raise ValueError(f"{twice} would normalise more than once: keep one of them")
+        if self.advantage_estimator == "dr_grpo" and any(divisors.values()):
+            given = next(name for name, divides in divisors.items() if divides)
+            raise ValueError(
+                f"advantage_estimator='dr_grpo' with {given}: it is group_norm without the division, which this would "
+                "bring back; leave it out, or use 'group_norm'"
+            )
         if self.overlong_buffer:
             nothing = torch.zeros(0)
             limit = self.sampling.max_new_tokens

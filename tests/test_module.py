@@ -217,7 +217,7 @@ def test_the_kl_coefficient_follows_its_target_and_is_resumed(tmp_path):
 def test_rewards_are_shaped_step_by_step(tmp_path):
     """Penalty, running moments and clip, in this order; resumed with the moments."""
     settings = {
-        "advantage_estimator": "dr_grpo", "overlong_buffer": 4, "overlong_factor": 2.0, "reward_norm": "full",
+        "advantage_estimator": "rloo", "overlong_buffer": 4, "overlong_factor": 2.0, "reward_norm": "full",
         "reward_clip": 1.0,
     }  # fmt: skip
 
@@ -240,7 +240,7 @@ def test_rewards_are_shaped_step_by_step(tmp_path):
     for k in range(0, 16, 4):
         mean = sum(before[k : k + 4]) / 4
         for t, value in zip(record.trajectories[k : k + 4], before[k : k + 4], strict=True):
-            assert t.advantages == pytest.approx((value - mean,) * len(t.mask), abs=1e-9)
+            assert t.advantages == pytest.approx((4 / 3 * (value - mean),) * len(t.mask), abs=1e-9)
     assert record.metrics[-1]["train/reward_running_std"] == pytest.approx(seen.std)
     resumed = make_module(**settings)
     make_trainer(tmp_path, limit_val_batches=0).fit(resumed, make_data(), ckpt_path=tmp_path / "step=2.ckpt")
@@ -516,6 +516,19 @@ def test_load_from_checkpoint(tmp_path):
         ({"reward_norm": "scal"}, "unknown reward_norm 'scal'. Did you mean 'scale'"),
         ({"advantage_norm": True}, "advantage_estimator='group_norm' and advantage_norm=True would normalise more"),
         ({"algorithm": "reinforce", "reward_norm": "full", "advantage_norm": True}, "would normalise more than once"),
+        (
+            {"algorithm": "dr_grpo", "advantage_norm": True},
+            "advantage_norm=True: it is group_norm without the division",
+        ),
+        ({"algorithm": "dr_grpo", "reward_norm": "scale"}, "reward_norm='scale': it is group_norm without"),
+        ({"algorithm": "reinforce", "dynamic_sampling": True}, "which does not compare the completions of a prompt"),
+        ({"short_batch": "warn"}, "unknown short_batch 'warn'"),
+        ({"sampling_attempts": 0}, "sampling_attempts=0.*at least 1"),
+        ({"first_token_temperature": 0.0}, "first_token_temperature=0.0.*above 0"),
+        (
+            {"first_token_temperature": 9.0, "sampling": {"n": 2, "stop": "x"}},
+            "a stop string that begins with the first",
+        ),
         ({"kl_target": 0.1}, "kl_target=0.1 needs a kl_coef above 0"),
         ({"kl_target": 0.0, "kl_coef": 0.1}, "kl_target=0.0.*above 0"),
     ],
