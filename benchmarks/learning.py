@@ -5,7 +5,7 @@ iterations and minutes of training (model loading and supervised warm-up counted
 
     python benchmarks/learning.py examples/tiny_from_scratch.yaml --seeds 1 2 3
 
-With algorithms (``all``: every preset) the same for each of them, within 150 iterations of 4 optimizer steps each:
+With algorithms (``all``: every preset) the same for each of them, within 250 iterations of 2 optimizer steps each:
 
     python benchmarks/learning.py examples/tiny_from_scratch.yaml --algorithms all
 """
@@ -29,8 +29,8 @@ from _common import RESULTS, report
 
 from lightrft_lightning.algorithms import PRESETS
 
-BUDGET = ["--model.steps_per_epoch", "4", "--trainer.limit_train_batches", "50", "--trainer.max_epochs", "3"]
-"""Several steps, so that the losses see ratios other than 1."""
+BUDGET = ["--model.steps_per_epoch", "2", "--trainer.limit_train_batches", "50", "--trainer.max_epochs", "5"]
+"""Two steps an iteration, so that the losses see ratios other than 1."""
 OWN_FLAGS = {"ppo": ["--model.critic", "{lr: 1.0e-3, warmup_iterations: 5}"]}
 
 
@@ -46,16 +46,15 @@ def main() -> None:
     name = f"learning_{config.stem}" + ("_algorithms" if arguments.algorithms else "")
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[list[float]]] = {}
-    for algorithm, seed in product(algorithms, arguments.seeds):
+    for seed, algorithm in product(arguments.seeds, algorithms):
         chosen = ["--model.algorithm", algorithm, *BUDGET, *OWN_FLAGS.get(algorithm, [])] if algorithm else []
         with TemporaryDirectory() as folder:
             minutes, output, metrics = run(config, seed, Path(folder), [*chosen, *flags])
         curve = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
         curves.setdefault(algorithm or f"seed {seed}", []).append(curve)
         rows.append(({"algorithm": algorithm} if algorithm else {}) | summarise(seed, output, curve, minutes))
-        print(rows[-1], flush=True)
-    plot(curves, RESULTS / f"{name}.png", config.stem)
-    report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]})
+        plot(curves, RESULTS / f"{name}.png", config.stem)
+        report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]})
 
 
 def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, str, list[dict[str, str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import comb
 from typing import NamedTuple
 
 from lightrft_lightning.experience.trajectory import Trajectory
@@ -44,12 +45,13 @@ class SampleResult(NamedTuple):
     finished: bool
     reward: float | None
     reward_parts: dict[str, float]
+    group: int
 
 
 def sample_result(t: Trajectory) -> SampleResult:
-    """Length in tokens, whether the completion ended by itself, and the reward."""
+    """Length in tokens, whether the completion ended by itself, the reward, and whose completion it is."""
     finished = t.completion.finish_reason != "length"
-    return SampleResult(len(t.completion.token_ids), finished, t.reward, dict(t.reward_parts))
+    return SampleResult(len(t.completion.token_ids), finished, t.reward, dict(t.reward_parts), t.group)
 
 
 def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
@@ -62,3 +64,28 @@ def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
     for name in sorted({name for s in samples for name in s.reward_parts}):
         metrics[f"reward/{name}"] = mean([s.reward_parts[name] for s in samples if name in s.reward_parts])
     return metrics
+
+
+def pass_metrics(groups: Sequence[Sequence[SampleResult]], threshold: float) -> dict[str, float]:
+    """``pass@k`` for k = 1, 2, 4, ... and n, and ``mean@n``, over prompts with n samples each.
+
+    A sample passes if its reward reaches `threshold`; one without a reward does not pass, and is left out of the mean.
+    """
+    n = max(map(len, groups), default=0)
+    passed = [sum(s.reward is not None and s.reward >= threshold for s in group) for group in groups]
+    ks = sorted({n, *(2**i for i in range(n.bit_length()))} - {0})
+    metrics = {f"pass@{k}": mean([pass_at_k(n, c, k) for c in passed]) for k in ks if k <= n}
+    if n > 1:
+        metrics[f"mean@{n}"] = mean([s.reward for group in groups for s in group if s.reward is not None])
+    return metrics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of `k` samples passes, if `c` of `n` did (arXiv 2107.03374, 3.1).
+
+    Raises:
+        ValueError: not 1 <= k <= n and 0 <= c <= n.
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass_at_k(n={n}, c={c}, k={k}): needs 1 <= k <= n and 0 <= c <= n")
+    return 1 - comb(n - c, k) / comb(n, k)

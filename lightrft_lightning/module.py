@@ -33,7 +33,14 @@ from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.refill import Refill, informative_groups
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
-from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
+from lightrft_lightning.metrics import (
+    SampleResult,
+    combine_passes,
+    mean_over_steps,
+    pass_metrics,
+    reward_metrics,
+    sample_result,
+)
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
@@ -108,6 +115,7 @@ class RLHFModule(pl.LightningModule):
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: lay out a group with its prompt once; False pads one row a completion.
+        pass_threshold: reward from which on a completion passes, for ``val/pass@k``.
         seed: fixes all sampling; default: Lightning's global seed.
         reward_deadline: seconds that one call of a reward function may take.
         reward_on_error: ``drop`` leaves a sample whose reward failed out of the update; a number is its reward.
@@ -157,6 +165,7 @@ class RLHFModule(pl.LightningModule):
         steps_per_epoch: int = 1,
         token_budget: int = 8192,
         share_prompts: bool = True,
+        pass_threshold: float = 1.0,
         seed: int | None = None,
         reward_deadline: float = 30.0,
         reward_on_error: str | float = "drop",
@@ -210,6 +219,7 @@ class RLHFModule(pl.LightningModule):
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
         self.token_budget, self.share_prompts = token_budget, share_prompts
+        self.pass_threshold = pass_threshold
         self.seed = global_seed() if seed is None else seed
         self._check_settings()
         self._save_hyperparameters(model, rewards)
@@ -227,6 +237,7 @@ class RLHFModule(pl.LightningModule):
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
         """What the latest rollout produced, for callbacks that show it."""
+        self._evaluated: list[list[SampleResult]] = []
         self._rng_to_restore: dict[str, Any] | None = None
         self.register_state_dict_post_hook(_drop_reference)
         self.register_load_state_dict_pre_hook(_add_reference)
@@ -675,12 +686,12 @@ class RLHFModule(pl.LightningModule):
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
-        """Generate with `val_sampling`, score, log; training state is not touched."""
-        self._evaluate(batch, batch_idx, "val")
+        """Generate with `val_sampling` and score, without touching training; the end of the epoch logs."""
+        self._evaluate(batch, batch_idx)
 
     def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """As `validation_step`."""
-        self._evaluate(batch, batch_idx, "test")
+        self._evaluate(batch, batch_idx)
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions as dicts with ``prompt``, ``completion``, ``token_ids`` and ``finish_reason``."""
@@ -694,13 +705,33 @@ class RLHFModule(pl.LightningModule):
             for t in self.rollout(batch, self._evaluation_sampling(batch_idx))
         ]
 
-    def _evaluate(self, batch: list[Prompt], batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: list[Prompt], batch_idx: int) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
         self.rewards.score(trajectories)
-        samples = self._gather_samples(trajectories)
-        metrics = {f"{stage}/{name}": value for name, value in reward_metrics(samples).items()}
+        groups: dict[int, list[SampleResult]] = {}
+        for sample in self._gather_samples(trajectories):
+            groups.setdefault(sample.group, []).append(sample)
+        self._evaluated += groups.values()
+
+    def _log_evaluation(self, stage: str) -> None:
+        """Over all prompts of the evaluation, in which each counts once."""
+        groups, self._evaluated = self._evaluated, []
+        metrics = reward_metrics([s for group in groups for s in group]) | pass_metrics(groups, self.pass_threshold)
         # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(samples), sync_dist=True)
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _start_evaluation(self) -> None:
+        self._evaluated = []  # of an evaluation that was broken off
+
+    on_validation_epoch_start = on_test_epoch_start = _start_evaluation
 
     def _gather_samples(self, trajectories: Sequence[Trajectory]) -> list[SampleResult]:
         """What the metrics need of the trajectories of all ranks."""
@@ -1030,7 +1061,7 @@ class RLHFModule(pl.LightningModule):
             "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
             "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
-            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 

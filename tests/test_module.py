@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from training import Record, StopAt, assert_same, even_digits, make_data, make_module, make_trainer, weights_of
+from training import PROMPTS, Record, StopAt, assert_same, even_digits, make_data, make_module, make_trainer, weights_of
 
 from lightrft_lightning import (
     CheckpointError,
@@ -26,6 +26,7 @@ from lightrft_lightning import (
     algorithms,
 )
 from lightrft_lightning.algorithms import PRESETS
+from lightrft_lightning.metrics import pass_at_k
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 
@@ -463,13 +464,43 @@ def test_validate_test_and_predict_without_fit(tmp_path):
 
 
 def test_validation_leaves_training_untouched(tmp_path):
-    tokens = []
+    """Also one with several samples a prompt, with an algorithm that keeps moments and samples further prompts."""
+    results = []
     for limit in (0, 1.0):
         record = Record()
         trainer = make_trainer(tmp_path, callbacks=[record], limit_val_batches=limit, val_check_interval=1)
-        trainer.fit(make_module(dropout=0.2), make_data())
-        tokens.append(record.tokens)
-    assert tokens[0] == tokens[1]
+        module = make_module(
+            dropout=0.2, val_sampling=SamplingParams(n=4, max_new_tokens=6), advantage_estimator="rloo",
+            reward_norm="scale", dynamic_sampling=True, rewards=sometimes,
+        )  # fmt: skip
+        trainer.fit(module, make_data())
+        results.append((record.tokens, module.reward_moments.state_dict(), torch.get_rng_state().tolist()))
+        versions = [m["train/policy_version"] for m in record.metrics]
+        results[-1] += (versions, {name: value.tolist() for name, value in weights_of(module).items()})
+    assert results[0] == results[1]
+
+
+def test_pass_at_k_and_mean_over_all_held_out_prompts(tmp_path):
+    """A last batch that is smaller weighs less; what is logged is that of all samples together."""
+
+    class Keep(pl.Callback):
+        rewards = ()
+
+        def on_validation_batch_end(self, trainer, pl_module, *args):
+            groups = {}
+            for t in pl_module.last_trajectories:
+                groups.setdefault(t.group, []).append(t.reward)
+            self.rewards = (*self.rewards, *groups.values())
+
+    keep = Keep()
+    module = make_module(val_sampling=SamplingParams(n=6, max_new_tokens=6), pass_threshold=2.0)
+    (metrics,) = make_trainer(tmp_path, callbacks=[keep]).validate(module, make_data(val=PROMPTS[:5], val_batch_size=2))
+    assert [len(group) for group in keep.rewards] == [6] * 5
+    passed = [sum(r >= 2.0 for r in group) for group in keep.rewards]
+    for k in (1, 2, 4, 6):
+        assert metrics[f"val/pass@{k}"] == pytest.approx(sum(pass_at_k(6, c, k) for c in passed) / 5)
+    assert metrics["val/mean@6"] == metrics["val/reward"] == pytest.approx(sum(map(sum, keep.rewards)) / 30)
+    assert 0 < metrics["val/pass@1"] < metrics["val/pass@6"]
 
 
 def test_load_from_checkpoint(tmp_path):
