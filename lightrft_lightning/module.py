@@ -115,7 +115,7 @@ class RLHFModule(pl.LightningModule):
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: lay out a group with its prompt once; False pads one row a completion.
-        pass_threshold: reward from which on a completion passes, for ``val/pass@k``.
+        pass_threshold: reward from which on a completion passes, for ``val/pass@k``; one whose reward failed does not.
         seed: fixes all sampling; default: Lightning's global seed.
         reward_deadline: seconds that one call of a reward function may take.
         reward_on_error: ``drop`` leaves a sample whose reward failed out of the update; a number is its reward.
@@ -237,7 +237,8 @@ class RLHFModule(pl.LightningModule):
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
         """What the latest rollout produced, for callbacks that show it."""
-        self._evaluated: list[list[SampleResult]] = []
+        self._evaluated: dict[int, list[list[SampleResult]]] = {}
+        """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
         self.register_state_dict_post_hook(_drop_reference)
         self.register_load_state_dict_pre_hook(_add_reference)
@@ -685,13 +686,13 @@ class RLHFModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate with `val_sampling` and score, without touching training; the end of the epoch logs."""
-        self._evaluate(batch, batch_idx)
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
+    def test_step(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `validation_step`."""
-        self._evaluate(batch, batch_idx)
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions as dicts with ``prompt``, ``completion``, ``token_ids`` and ``finish_reason``."""
@@ -705,20 +706,24 @@ class RLHFModule(pl.LightningModule):
             for t in self.rollout(batch, self._evaluation_sampling(batch_idx))
         ]
 
-    def _evaluate(self, batch: list[Prompt], batch_idx: int) -> None:
-        trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
+    def _evaluate(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int) -> None:
+        trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx, dataloader_idx))
         self.rewards.score(trajectories)
         groups: dict[int, list[SampleResult]] = {}
         for sample in self._gather_samples(trajectories):
             groups.setdefault(sample.group, []).append(sample)
-        self._evaluated += groups.values()
+        self._evaluated.setdefault(dataloader_idx, []).extend(groups.values())
 
     def _log_evaluation(self, stage: str) -> None:
-        """Over all prompts of the evaluation, in which each counts once."""
-        groups, self._evaluated = self._evaluated, []
-        metrics = reward_metrics([s for group in groups for s in group]) | pass_metrics(groups, self.pass_threshold)
-        # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
+        """Over all prompts of the evaluation, in which each counts once, and over those of each set that has a name."""
+        names = getattr(self.trainer.datamodule, "val_names", ())  # type: ignore[attr-defined]
+        evaluated, self._evaluated = self._evaluated, {}
+        sets = {stage: [group for groups in evaluated.values() for group in groups]}
+        sets |= {f"{stage}/{name}": evaluated.get(i, []) for i, name in enumerate(names)}
+        for prefix, groups in sets.items():
+            metrics = reward_metrics([s for group in groups for s in group]) | pass_metrics(groups, self.pass_threshold)
+            # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
+            self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -729,7 +734,7 @@ class RLHFModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def _start_evaluation(self) -> None:
-        self._evaluated = []  # of an evaluation that was broken off
+        self._evaluated = {}  # of an evaluation that was broken off
 
     on_validation_epoch_start = on_test_epoch_start = _start_evaluation
 
@@ -982,6 +987,7 @@ class RLHFModule(pl.LightningModule):
             "epochs_per_rollout": (self.epochs_per_rollout >= 1, "at least 1"),
             "steps_per_epoch": (self.steps_per_epoch >= 1, "at least 1"),
             "token_budget": (self.token_budget >= 1, "at least 1"),
+            "pass_threshold": (abs(self.pass_threshold) < float("inf"), "a finite number"),
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
@@ -1065,9 +1071,9 @@ class RLHFModule(pl.LightningModule):
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
-    def _evaluation_sampling(self, batch_idx: int) -> SamplingParams:
+    def _evaluation_sampling(self, batch_idx: int, dataloader_idx: int = 0) -> SamplingParams:
         """The same draws at every evaluation, so that two of them differ by their weights alone."""
-        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, 0)
+        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, dataloader_idx)
         return dataclasses.replace(self.val_sampling, seed=seed)
 
     def _iteration_sampling(self) -> SamplingParams:
