@@ -6,16 +6,22 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.experience.trajectory import Trajectory
-from lightrft_lightning.rewards._calls import Failure, Outcome, run_in_threads, run_on_event_loop
+from lightrft_lightning.rewards._calls import (
+    Failure,
+    Outcome,
+    checked_value,
+    checked_values,
+    run_in_threads,
+    run_on_event_loop,
+)
 from lightrft_lightning.rewards._spec import RewardFunction, check_finite, parse
 
 log = logging.getLogger(__name__)
@@ -51,19 +57,20 @@ class Rewards:
     A function runs in a thread of its own, not in the main one, with Python's and torch's thread-local settings (e.g.
     `torch.no_grad`) at their defaults. A batch function that fails or takes too long is called again one sample at a
     time, an async function that blocks the event loop one sample a thread, so that only the sample that is to blame
-    is lost. A call that holds the interpreter lock cannot be given up: run such work in a process.
+    is lost. A call that holds the interpreter lock cannot be given up in a thread: with ``"processes": 4`` in the
+    mapping, or as `InProcesses`, the function runs in processes, which are killed at the deadline and replaced.
 
     Args:
         functions: a function; a name in `REWARDS`; ``"package.module.function"``; ``"path/to/file.py:function"``; a
-            mapping ``{"name": any of these, "weight": 0.5, option: value}``; a list of these; or a mapping from name
-            to weight.
+            mapping ``{"name": any of these, "weight": 0.5, "processes": 4, option: value}``; a list of these; or a
+            mapping from name to weight.
         weights: one a function; default: 1.
         deadline: seconds that one call of a function may take, counted from when it starts.
         on_error: ``drop`` leaves a failed sample without a reward, a number is the reward that it gets.
-        workers: calls at a time.
+        workers: calls at a time in threads.
 
     Raises:
-        ValueError: unknown name or option, or a number out of range.
+        ValueError: unknown name or option, a number out of range, or a function for processes that only exists here.
         TypeError: a function takes neither `completion` nor `completions`.
 
     Example:
@@ -162,6 +169,10 @@ class Rewards:
 
     def _call(self, function: RewardFunction, batches: Sequence[list[dict[str, Any]]]) -> list[Outcome]:
         """Call `function` with each batch; the value of an outcome is a list with an outcome for each sample."""
+        if function.pool is not None:
+            sizes = [len(batch) if function.batch else None for batch in batches]
+            requests = [(_keywords(function, batch), size) for batch, size in zip(batches, sizes, strict=True)]
+            return function.pool.run(requests, self.deadline)
         if not function.is_async:
             return run_in_threads([partial(_call, function, b) for b in batches], self.workers, self.deadline)
         calls = [partial(_call_async, function, batch) for batch in batches]
@@ -268,35 +279,7 @@ def _keywords(function: RewardFunction, batch: list[dict[str, Any]]) -> dict[str
 
 
 def _outcomes(function: RewardFunction, result: Any, size: int) -> list[Outcome]:
-    """Check what a function returned. Runs where the function ran: `__float__` and `__iter__` are its code as well.
-
-    Raises:
-        TypeError: a batch function returned something that has no order.
-        ValueError: it returned more or fewer values than samples.
-    """
-    if not function.batch:
-        return [_number(result)]
-    if isinstance(result, (str, bytes, Mapping, Set)):
-        raise TypeError(f"returned a {type(result).__name__} in place of a list of numbers")
-    values = list(islice(result, size + 1))
-    if len(values) != size:
-        raise ValueError(f"returned {len(values) if len(values) < size else 'too many'} values for {size} samples")
-    return [_number(value) for value in values]
-
-
-def _number(value: Any) -> Outcome:
-    refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number")
-    if isinstance(value, (str, bytes, bytearray)):  # float("1") would work
-        return refused
-    try:
-        number = float(value)
-    except OverflowError:
-        return Outcome(failure="non_finite", reason="returned a number too large for a float")
-    except BaseException:  # whatever `__float__` raises
-        return refused
-    if not math.isfinite(number):
-        return Outcome(failure="non_finite", reason=f"returned {number}")
-    return Outcome(number)
+    return checked_values(result, size) if function.batch else [checked_value(result)]
 
 
 def _short(text: str) -> str:
