@@ -649,14 +649,20 @@ class RLHFModule(pl.LightningModule):
     # ---------------------------------------------------------------- settings and logs
 
     @classmethod
-    def from_config(cls, config: StrategyConfig, model: Any, rewards: Any, **settings: Any) -> RLHFModule:
+    def from_config(cls, config: StrategyConfig, model: Any, rewards: Any = None, **settings: Any) -> RLHFModule:
         """Build from LightRFT's configuration fields; `settings` are further arguments and win.
 
+        With `remote_rm_url` (several are separated by commas) the rewards come from there.
+
         Raises:
-            ValueError: a field asks for something that this release does not have.
+            ValueError: a field asks for something that this release does not have, or there are rewards of two kinds.
         """
+        if config.remote_rm_url:
+            if rewards is not None:
+                raise ValueError(f"remote_rm_url={config.remote_rm_url!r} and rewards={rewards!r}: give one of them")
+            rewards = {"name": "remote", "url": [url.strip() for url in config.remote_rm_url.split(",")]}
         refused = (
-            "critic_pretrain", "critic_learning_rate", "remote_rm_url", "pretrain_data", "mixed_mm_data",
+            "critic_pretrain", "critic_learning_rate", "pretrain_data", "mixed_mm_data",
             "micro_rollout_batch_size", "dynamic_sampling", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:

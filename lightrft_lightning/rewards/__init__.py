@@ -1,7 +1,8 @@
-"""Rewards: plain functions that score completions, and what runs them safely."""
+"""Rewards: plain functions, servers and models that score completions, and what runs them safely."""
 
 from lightrft_lightning.rewards import functions  # registers them
 from lightrft_lightning.rewards._spec import REWARDS, InProcesses
 from lightrft_lightning.rewards.base import RewardReport, Rewards
+from lightrft_lightning.rewards.remote import RemoteReward
 
-__all__ = ["REWARDS", "InProcesses", "RewardReport", "Rewards", "functions"]
+__all__ = ["REWARDS", "InProcesses", "RemoteReward", "RewardReport", "Rewards", "functions"]

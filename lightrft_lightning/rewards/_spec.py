@@ -20,7 +20,7 @@ from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.rewards._pool import FILE_MODULES, ProcessPool
 
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
-"""Reward functions by name. Extend with ``@REWARDS.register("name")``."""
+"""Reward functions by name, and classes of which the options make one. Extend with ``@REWARDS.register("name")``."""
 
 SINGLE = ("prompt", "completion")
 BATCH = ("prompts", "completions")
@@ -55,6 +55,8 @@ class RewardFunction:
         required: columns that it cannot do without.
         optional: columns that it takes if the data has them; None: all.
         pool: the processes that it runs in, if it does.
+        batch_size: most samples of one call, for batch functions that may see any part of the batch; a failed call is
+            then not repeated sample by sample.
     """
 
     name: str
@@ -64,6 +66,7 @@ class RewardFunction:
     required: frozenset[str]
     optional: frozenset[str] | None
     pool: ProcessPool | None = None
+    batch_size: int | None = None
 
     @classmethod
     def inspect(cls, name: str, function: Callable[..., Any], processes: int | None = None) -> RewardFunction:
@@ -82,7 +85,7 @@ class RewardFunction:
                 f"(called with lists), it takes ({', '.join(parameters)})"
             )
         batch = "completions" in names
-        required: set[str] = set()
+        required: set[str] = set(getattr(function, "columns", ()))
         optional: set[str] = set()
         everything = False
         for n in names:
@@ -101,6 +104,7 @@ class RewardFunction:
             required=frozenset(required),
             optional=None if everything else frozenset(optional),
             pool=None if processes is None else ProcessPool(name, function, processes),
+            batch_size=getattr(function, "batch_size", None) if batch else None,
         )
 
     def arguments(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -149,7 +153,8 @@ def parse(functions: Any, weights: Sequence[float] | None = None) -> list[tuple[
         if name in {f.name for f, _ in result}:
             name = f"{name}_{i}"
         value = weights[i] if weights is not None else 1.0 if entry.weight is None else entry.weight
-        function = RewardFunction.inspect(name, entry.function, entry.processes)
+        made = _made(name, entry.function, {}) if inspect.isclass(entry.function) else entry.function
+        function = RewardFunction.inspect(name, made, entry.processes)
         result.append((function, check_finite(f"weight of the reward {name!r}", value)))
     return result
 
@@ -192,7 +197,8 @@ def _parse_entry(entry: Any) -> _Entry:
         return _Entry(_short_name(entry), _find(entry))
     if callable(entry):
         unbound = entry.func if isinstance(entry, functools.partial) else entry
-        return _Entry(getattr(unbound, "__name__", type(unbound).__name__), entry)
+        name = getattr(unbound, "__name__", None) or getattr(unbound, "name", None) or type(unbound).__name__
+        return _Entry(name, entry)
     raise TypeError(f"a reward is a function, a name or a mapping, got {type(entry).__name__}: {entry!r}")
 
 
@@ -201,12 +207,28 @@ def _short_name(path: str) -> str:
 
 
 def _with_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    if inspect.isclass(function):
+        return _made(name, function, options)
     parameters = inspect.signature(function).parameters
     known = [n for n, p in parameters.items() if n not in PROVIDED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of reward {name!r}", option, known))
     return functools.partial(function, **options) if options else function
+
+
+def _made(name: str, cls: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """An instance of a class whose instances are reward functions."""
+    parameters = inspect.signature(cls).parameters
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    if len(named) == len(parameters):  # else the class itself says what it does not know
+        for option in options:
+            if option not in named:
+                raise ValueError(unknown_name(f"option of reward {name!r}", option, named))
+    for option, parameter in named.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"reward {name!r} needs the option {option!r}: {{'name': {name!r}, {option!r}: ...}}")
+    return cls(**options)
 
 
 def _find(path: str) -> Callable[..., Any]:

@@ -52,7 +52,10 @@ class Rewards:
     - ``def f(prompt, completion, answer) -> float`` is called for each sample,
     - ``def f(prompts, completions, answer) -> list[float]`` with lists,
     - either may be ``async def``: then all samples are awaited concurrently,
-    - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything.
+    - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything,
+    - an object with ``__call__``, or its class with options, which is then built once. Its attribute ``columns`` names
+      further columns that it needs; with ``batch_size`` it is called with at most that many samples, as soon as they
+      are there, and a failure is that of all of them.
 
     A function runs in a thread of its own, not in the main one, with Python's and torch's thread-local settings (e.g.
     `torch.no_grad`) at their defaults. A batch function that fails or takes too long is called again one sample at a
@@ -159,6 +162,10 @@ class Rewards:
         return [outcomes[i] for i in range(len(arguments))]
 
     def _values(self, function: RewardFunction, arguments: list[dict[str, Any]]) -> list[Outcome]:
+        if size := function.batch_size:
+            batches = [arguments[i : i + size] for i in range(0, len(arguments), size)]
+            outcomes = zip(self._call(function, batches), batches, strict=True)
+            return [one for o, batch in outcomes for one in ([o] * len(batch) if o.failure else o.value)]
         if function.batch and len(arguments) > 1:
             together = self._call(function, [arguments])[0]
             if together.failure is None:
@@ -209,7 +216,7 @@ class Scoring:
 
     def __init__(self, rewards: Rewards) -> None:
         self._rewards = rewards
-        self._waits = any(function.batch for function, _ in rewards.functions)
+        self._waits = any(function.batch and not function.batch_size for function, _ in rewards.functions)
         self._arrived: list[Trajectory] = []
         self._reports: list[RewardReport] = []
         self._error: BaseException | None = None

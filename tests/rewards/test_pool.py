@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.rewards import InProcesses, Rewards
 
 FUNCTIONS = """
@@ -60,22 +59,18 @@ def file(tmp_path):
     return path
 
 
-def samples(texts, **fields):
-    completion = Completion((7,), (-1.0,), "eos")
-    return [
-        Trajectory(Prompt((1,), f"prompt {i}", {"answer": i, **fields}), completion, group=0, text=text)
-        for i, text in enumerate(texts)
-    ]
+@pytest.fixture
+def score(samples):
+    def run(rewards, texts):
+        batch = samples(texts)
+        report = rewards.score(batch)
+        return [t.reward for t in batch], report
 
-
-def score(rewards, texts, **fields):
-    batch = samples(texts, **fields)
-    report = rewards.score(batch)
-    return [t.reward for t in batch], report
+    return run
 
 
 @pytest.mark.parametrize("name", ["single", "batched", "waiting"])
-def test_hanging_and_crashing_calls_cost_their_own_sample(file, name, caplog):
+def test_hanging_and_crashing_calls_cost_their_own_sample(file, score, name, caplog):
     rewards = Rewards({"name": f"{file}:{name}", "processes": 2}, deadline=2)
     texts = ["0", "loop", "2", "crash", "4", "regex", "6", "exit", "raise", "9", "nan"]
     values, report = score(rewards, texts)
@@ -85,7 +80,7 @@ def test_hanging_and_crashing_calls_cost_their_own_sample(file, name, caplog):
     assert score(rewards, ["5", "6"])[0] == [500, 601]
 
 
-def test_processes_are_kept_and_end_with_the_rewards(file):
+def test_processes_are_kept_and_end_with_the_rewards(file, score):
     rewards = Rewards({"name": f"{file}:pid", "processes": 2})
     seen = {pid for _ in range(5) for pid in score(rewards, ["a", "b", "c", "d"])[0]}
     assert len(seen) <= 2 and all(Path(f"/proc/{int(pid)}").exists() for pid in seen)
@@ -93,7 +88,7 @@ def test_processes_are_kept_and_end_with_the_rewards(file):
     assert not any(Path(f"/proc/{int(pid)}").exists() for pid in seen)
 
 
-def test_options_large_texts_and_objects(file, monkeypatch):
+def test_options_large_texts_and_objects(file, score, monkeypatch):
     large = ["x" * 10_000_000, "", "y"]
     rewards = Rewards({"name": f"{file}:scaled", "processes": 1, "factor": 2, "weight": 0.5})
     assert score(rewards, large)[0] == [10_000_000, 0, 1] and rewards.names == ["scaled"]
@@ -104,7 +99,7 @@ def test_options_large_texts_and_objects(file, monkeypatch):
     assert score(Rewards(InProcesses({"name": own_rewards.scaled, "factor": 7})), ["ab"])[0] == [14]
 
 
-def test_data_that_cannot_be_sent_costs_its_sample(file):
+def test_data_that_cannot_be_sent_costs_its_sample(file, samples):
     batch = samples(["1", "2"])
     batch[0].prompt.fields["answer"] = (i for i in ())
     Rewards({"name": f"{file}:single", "processes": 1}).score(batch)
