@@ -196,19 +196,21 @@ class RLHFModule(pl.LightningModule):
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
+        self.reward_models = nn.ModuleList()
+        """Those of `rewards`, frozen; here, so that the strategy shards them."""
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
         """What the latest rollout produced, for callbacks that show it."""
         self._rng_to_restore: dict[str, Any] | None = None
-        self.register_state_dict_post_hook(_drop_reference)
-        self.register_load_state_dict_pre_hook(_add_reference)
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_pre_hook(_add_frozen)
 
     # ---------------------------------------------------------------- one iteration
 
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        with self.rewards.in_background() as scoring:
+        with self.rewards.in_background(self.strategy) as scoring:
             trajectories = self.rollout(batch, self._iteration_sampling(), scoring.add)
             sampled = time.perf_counter()
             report = scoring.finish()
@@ -503,7 +505,7 @@ class RLHFModule(pl.LightningModule):
 
     def _evaluate(self, batch: list[Prompt], batch_idx: int, stage: str) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
-        self.rewards.score(trajectories)
+        self.rewards.score(trajectories, self.strategy)
         samples = self._gather_samples(trajectories)
         metrics = {f"{stage}/{name}": value for name, value in reward_metrics(samples).items()}
         # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
@@ -561,6 +563,8 @@ class RLHFModule(pl.LightningModule):
                 self.actor = load_model(self._source).train()
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        if self._trainer is not None and not self.reward_models:
+            self.reward_models.extend(model.load() for model in self.rewards.models)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -852,13 +856,17 @@ def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
     return value if isinstance(value, SamplingParams) else SamplingParams(**value)
 
 
-def _drop_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The reference is the starting policy: it comes from `model`, so a checkpoint need not hold it."""
-    for name in [n for n in state_dict if n.startswith(f"{prefix}reference.")]:
+_FROZEN = ("reference", "reward_models")
+"""Parts of the module that come from their sources, so that checkpoints need not hold them."""
+
+
+def _drop_frozen(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [n for n in state_dict if n.startswith(tuple(f"{prefix}{part}." for part in _FROZEN))]:
         del state_dict[name]
 
 
-def _add_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    if module.reference is not None:
-        for name, value in module.reference.state_dict().items():
-            state_dict[f"{prefix}reference.{name}"] = value
+def _add_frozen(module: RLHFModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    for part in _FROZEN:
+        frozen = getattr(module, part)
+        if frozen is not None:
+            state_dict.update({f"{prefix}{part}.{name}": value for name, value in frozen.state_dict().items()})

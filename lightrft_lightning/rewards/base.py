@@ -8,9 +8,9 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.experience.trajectory import Trajectory
@@ -23,6 +23,10 @@ from lightrft_lightning.rewards._calls import (
     run_on_event_loop,
 )
 from lightrft_lightning.rewards._spec import RewardFunction, check_finite, parse
+from lightrft_lightning.rewards.model import RewardModel
+
+if TYPE_CHECKING:
+    from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,9 @@ class Rewards:
         if not deadline > 0 or workers < 1:
             raise ValueError(f"Rewards(deadline={deadline}, workers={workers}): needs deadline > 0, workers >= 1")
         self.functions = parse(functions, weights)
+        for function, _ in self.functions:
+            if function.pool is not None and isinstance(function.function, RewardModel):
+                raise ValueError(f"reward {function.name!r}: a reward model runs in the trainer, leave out `processes`")
         self.deadline = min(deadline, 1e6)  # the longest wait that the platform's locks take is finite
         self.on_error = None if on_error == "drop" else check_finite("on_error", on_error)
         self.workers = workers
@@ -107,19 +114,50 @@ class Rewards:
         """Names of the functions, the keys of `Trajectory.reward_parts`."""
         return [function.name for function, _ in self.functions]
 
-    def score(self, trajectories: Sequence[Trajectory]) -> RewardReport:
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the rewards that are models in the training processes."""
+        return [f.function for f, _ in self.functions if isinstance(f.function, RewardModel)]
+
+    def score(self, trajectories: Sequence[Trajectory], strategy: StrategyBase | None = None) -> RewardReport:
         """Set `reward` (the weighted sum) and `reward_parts` (what succeeded) of each trajectory.
 
         Every sample without a reward of its own is logged once, with its prompt and the reason.
 
+        Args:
+            trajectories: of this rank; may be empty.
+            strategy: what holds the reward models. With it, all ranks must call this together if there are any.
+
         Raises:
             ValueError: a function needs a column that the data does not have, at the first call.
         """
+        return self._conclude(trajectories, self._call_functions(trajectories), strategy)
+
+    def _call_functions(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Outcome]]:
+        """For each sample what every function made of it, by name; models are left out."""
         if not trajectories:
-            return RewardReport(0)
+            return []
         self._check_columns(trajectories)
-        parts = [self._score_with(function, trajectories) for function, _ in self.functions]
-        failures = [self._assign(t, [part[i] for part in parts]) for i, t in enumerate(trajectories)]
+        names = [f.name for f, _ in self.functions if not isinstance(f.function, RewardModel)]
+        parts = [
+            self._score_with(f, trajectories) for f, _ in self.functions if not isinstance(f.function, RewardModel)
+        ]
+        return [{name: part[i] for name, part in zip(names, parts, strict=True)} for i in range(len(trajectories))]
+
+    def _conclude(
+        self,
+        trajectories: Sequence[Trajectory],
+        parts: Sequence[dict[str, Outcome]],
+        strategy: StrategyBase | None,
+    ) -> RewardReport:
+        """Let the models score as well, in this thread, and form the sums."""
+        for function, _ in self.functions:
+            if isinstance(function.function, RewardModel) and (trajectories or strategy is not None):
+                for part, outcome in zip(parts, function.function.score(trajectories, strategy), strict=True):
+                    part[function.name] = outcome
+        failures = [
+            self._assign(t, [part[name] for name in self.names]) for t, part in zip(trajectories, parts, strict=True)
+        ]
         return RewardReport(
             samples=len(trajectories),
             failed=sum(f is not None for f in failures),
@@ -128,9 +166,12 @@ class Rewards:
         )
 
     @contextmanager
-    def in_background(self) -> Iterator[Scoring]:
-        """Score trajectories while others are still being generated; what is not scored at the end is given up."""
-        scoring = Scoring(self)
+    def in_background(self, strategy: StrategyBase | None = None) -> Iterator[Scoring]:
+        """Score trajectories while others are still being generated; what is not scored at the end is given up.
+
+        Models score in `Scoring.finish`, in the thread that calls it: sharded, their passes are in step on all ranks.
+        """
+        scoring = Scoring(self, strategy)
         try:
             yield scoring
         finally:
@@ -214,11 +255,14 @@ class Scoring:
     Functions that take whole batches see the same batch as without it: with one of them, scoring waits for `finish`.
     """
 
-    def __init__(self, rewards: Rewards) -> None:
-        self._rewards = rewards
-        self._waits = any(function.batch and not function.batch_size for function, _ in rewards.functions)
+    def __init__(self, rewards: Rewards, strategy: StrategyBase | None = None) -> None:
+        self._rewards, self._strategy = rewards, strategy
+        self._waits = any(
+            f.batch and not f.batch_size and not isinstance(f.function, RewardModel) for f, _ in rewards.functions
+        )
         self._arrived: list[Trajectory] = []
-        self._reports: list[RewardReport] = []
+        self._scored: list[Trajectory] = []
+        self._parts: list[dict[str, Outcome]] = []
         self._error: BaseException | None = None
         self._news = threading.Condition()
         self._over = self._given_up = False
@@ -243,8 +287,7 @@ class Scoring:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        columns = zip(*map(astuple, self._reports), strict=True)
-        return RewardReport(*map(sum, columns)) if self._reports else RewardReport(0)
+        return self._rewards._conclude(self._scored, self._parts, self._strategy)
 
     def stop(self) -> None:
         """Score nothing that has not been begun."""
@@ -260,7 +303,8 @@ class Scoring:
                 if self._given_up or not batch:
                     return
             try:
-                self._reports.append(self._rewards.score(batch))
+                self._parts += self._rewards._call_functions(batch)
+                self._scored += batch
             except BaseException as err:
                 self._error = err
                 return
