@@ -158,7 +158,9 @@ def checked_values(result: Any, size: int) -> list[Outcome]:
 
 
 def checked_value(value: Any) -> Outcome:
-    """A finite number, or the failure of its sample."""
+    """A finite number, or the failure of its sample, which an exception in place of a number explains."""
+    if isinstance(value, BaseException):
+        return Outcome(failure="failed", reason=_describe(value))
     refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number")
     if isinstance(value, (str, bytes, bytearray)):  # float("1") would work
         return refused

@@ -54,7 +54,8 @@ class Rewards:
     A reward function is a plain function, called with keywords; it receives those columns of the data that it names:
 
     - ``def f(prompt, completion, answer) -> float`` is called for each sample,
-    - ``def f(prompts, completions, answer) -> list[float]`` with lists,
+    - ``def f(prompts, completions, answer) -> list[float]`` with lists; an exception in the result is the failure of
+      its own sample,
     - either may be ``async def``: then all samples are awaited concurrently,
     - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything,
     - an object with ``__call__``, or its class with options, which is then built once. Its attribute ``columns`` names

@@ -126,7 +126,7 @@ def test_by_hand_and_frozen(folder):
     ("settings", "message"),
     [
         ({"template": "x", "chat_template": True}, "give one of them"),
-        ({"chat_template": True}, "has none: give template"),
+        ({"chat_template": True}, "has no chat template"),
         ({"template": "{x"}, "is no format string"),
         ({"max_length": 0}, r"RewardModel\(max_length=0\): must be at least 1"),
         ({"token_buget": 5}, "unknown option of reward 'reward_model' 'token_buget'. Did you mean 'token_budget'"),
