@@ -109,6 +109,7 @@ class Servers:
         self._client = self._httpx.Client(
             headers=headers,
             timeout=self._httpx.Timeout(timeout, connect=connect_timeout),
+            limits=self._httpx.Limits(max_connections=None, max_keepalive_connections=20),
             trust_env=any(one.startswith("https") for one in urls),  # a proxy in the environment is not for neighbours
         )
 

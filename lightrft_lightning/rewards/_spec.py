@@ -57,6 +57,7 @@ class RewardFunction:
         pool: the processes that it runs in, if it does.
         batch_size: most samples of one call, for batch functions that may see any part of the batch; a failed call is
             then not repeated sample by sample.
+        workers: calls at a time, if not as many as usual.
     """
 
     name: str
@@ -67,6 +68,7 @@ class RewardFunction:
     optional: frozenset[str] | None
     pool: ProcessPool | None = None
     batch_size: int | None = None
+    workers: int | None = None
 
     @classmethod
     def inspect(cls, name: str, function: Callable[..., Any], processes: int | None = None) -> RewardFunction:
@@ -105,6 +107,7 @@ class RewardFunction:
             optional=None if everything else frozenset(optional),
             pool=None if processes is None else ProcessPool(name, function, processes),
             batch_size=getattr(function, "batch_size", None) if batch else None,
+            workers=getattr(function, "workers", None),
         )
 
     def arguments(self, trajectory: Trajectory) -> dict[str, Any]:

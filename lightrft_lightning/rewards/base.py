@@ -59,8 +59,8 @@ class Rewards:
     - either may be ``async def``: then all samples are awaited concurrently,
     - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything,
     - an object with ``__call__``, or its class with options, which is then built once. Its attribute ``columns`` names
-      further columns that it needs; with ``batch_size`` it is called with at most that many samples, as soon as they
-      are there, and a failure is that of all of them.
+      further columns that it needs, ``workers`` how many calls there may be at a time; with ``batch_size`` it is called
+      with at most that many samples, as soon as they are there, and a failure is that of all of them.
 
     A function runs in a thread of its own, not in the main one, with Python's and torch's thread-local settings (e.g.
     `torch.no_grad`) at their defaults. A batch function that fails or takes too long is called again one sample at a
@@ -223,7 +223,8 @@ class Rewards:
             requests = [(_keywords(function, batch), size) for batch, size in zip(batches, sizes, strict=True)]
             return function.pool.run(requests, self.deadline)
         if not function.is_async:
-            return run_in_threads([partial(_call, function, b) for b in batches], self.workers, self.deadline)
+            workers = function.workers or self.workers
+            return run_in_threads([partial(_call, function, b) for b in batches], workers, self.deadline)
         calls = [partial(_call_async, function, batch) for batch in batches]
         outcomes = run_on_event_loop(calls, self.deadline)
         # Some call blocked the loop. Which one shows when each has a thread, and a loop, of its own.

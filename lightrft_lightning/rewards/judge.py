@@ -35,6 +35,7 @@ class Judge:
             the last number of the answer.
         scale: lowest and highest grade, which become 0 and 1; a grade outside is a failure. Default: the grade itself.
         max_new_tokens: length limit of the answer.
+        concurrency: requests to servers at a time.
         **connection: timeouts, retries, key and breaker; see `Servers`.
 
     Raises:
@@ -59,6 +60,7 @@ class Judge:
         pattern: str | None = None,
         scale: Sequence[float] | None = None,
         max_new_tokens: int = 512,
+        concurrency: int = 32,
         **connection: Any,
     ) -> None:
         if (url is None) == (engine is None):
@@ -67,6 +69,8 @@ class Judge:
             raise ValueError(f"reward 'judge': url={url!r} needs model=<the server's name of the model>")
         if engine is not None and (model is not None or connection):
             raise ValueError(f"reward 'judge': {['model', *connection]} belong to url=..., not to engine=...")
+        if concurrency < 1:
+            raise ValueError(f"reward 'judge': concurrency={concurrency} must be at least 1")
         columns = template_columns(template)
         if "completion" not in columns:
             raise ValueError(f"reward 'judge': template={template!r} must have {{completion}} in it")
@@ -78,7 +82,7 @@ class Judge:
             self._chat = chat is None or chat
             path = "/chat/completions" if self._chat else "/completions"
             self._servers = Servers.of("judge", url or "", path, connection)
-            self.batch_size = 1
+            self.batch_size, self.workers = 1, concurrency
         else:
             has_template = getattr(engine.tokenizer, "chat_template", None) is not None
             self._chat = has_template if chat is None else chat

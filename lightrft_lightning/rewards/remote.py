@@ -23,6 +23,7 @@ class RemoteReward:
         url: of the server, with its route; or several that all do the same.
         label_column: column that is sent as ``labels``; default: ``answer`` where there is one, else null.
         batch_size: samples of one request.
+        concurrency: requests at a time.
         **connection: timeouts, retries, key and breaker; see `Servers`.
 
     Raises:
@@ -34,11 +35,17 @@ class RemoteReward:
     """
 
     def __init__(
-        self, url: str | Sequence[str], *, label_column: str | None = None, batch_size: int = 64, **connection: Any
+        self,
+        url: str | Sequence[str],
+        *,
+        label_column: str | None = None,
+        batch_size: int = 64,
+        concurrency: int = 8,
+        **connection: Any,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"reward 'remote': batch_size={batch_size!r} must be at least 1")
-        self.batch_size = batch_size
+        if batch_size < 1 or concurrency < 1:
+            raise ValueError(f"reward 'remote': batch_size={batch_size}, concurrency={concurrency} must be at least 1")
+        self.batch_size, self.workers = batch_size, concurrency
         self.columns = () if label_column is None else (label_column,)
         self._label_column = label_column or "answer"
         self._servers = Servers.of("remote", url, "", connection)

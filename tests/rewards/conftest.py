@@ -13,6 +13,7 @@ class Server(ThreadingHTTPServer):
     """A real HTTP server in a thread; `answer(body)` gives the JSON, the bytes or the status that it sends."""
 
     daemon_threads = True
+    request_queue_size = 100
 
     def __init__(self, answer):
         self.answer, self.requests, self.release = answer, [], threading.Event()

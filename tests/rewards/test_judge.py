@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -50,6 +51,13 @@ def test_grades_are_not_mixed_up(serve, score):
     server = serve(says(lambda asked: asked.split()[1]))
     texts = [str(i) for i in range(60)]
     assert score(texts, url=[server.url, serve(server.answer).url])[0] == list(range(60))
+
+
+def test_many_requests_at_a_time(serve, score):
+    server = serve(lambda body: time.sleep(0.5) or says("1")(body))
+    start = time.monotonic()
+    assert score(["a"] * 32, url=server.url, concurrency=16)[0] == [1] * 32
+    assert 1 <= time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_scoring_begins_while_others_are_still_generated(serve, samples):
         ({"url": []}, r"url=\[\]: must begin"),
         ({"url": "http://x", "retrys": 1}, "unknown option of reward 'remote' 'retrys'. Did you mean 'retries'"),
         ({"url": "http://x", "retries": -1}, "retries=-1: must be 0 or more"),
-        ({"url": "http://x", "batch_size": 0}, "batch_size=0 must be"),
+        ({"url": "http://x", "batch_size": 0}, "batch_size=0, concurrency=8 must be"),
         ({"url": "http://x", "key_env": "NO_SUCH_KEY"}, "'NO_SUCH_KEY': the environment variable is not set"),
     ],
 )
