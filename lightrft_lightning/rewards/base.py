@@ -103,7 +103,7 @@ class Rewards:
             raise ValueError(f"Rewards(deadline={deadline}, workers={workers}): needs deadline > 0, workers >= 1")
         self.functions = parse(functions, weights)
         for function, _ in self.functions:
-            if function.pool is not None and isinstance(function.function, RewardModel):
+            if function.pool is not None and _is_model(function):
                 raise ValueError(f"reward {function.name!r}: a reward model runs in the trainer, leave out `processes`")
         self.deadline = min(deadline, 1e6)  # the longest wait that the platform's locks take is finite
         self.on_error = None if on_error == "drop" else check_finite("on_error", on_error)
@@ -118,7 +118,7 @@ class Rewards:
     @property
     def models(self) -> list[RewardModel]:
         """Those of the rewards that are models in the training processes."""
-        return [f.function for f, _ in self.functions if isinstance(f.function, RewardModel)]
+        return [function.function for function, _ in self.functions if _is_model(function)]  # type: ignore[misc]
 
     def score(self, trajectories: Sequence[Trajectory], strategy: StrategyBase | None = None) -> RewardReport:
         """Set `reward` (the weighted sum) and `reward_parts` (what succeeded) of each trajectory.
@@ -139,11 +139,8 @@ class Rewards:
         if not trajectories:
             return []
         self._check_columns(trajectories)
-        names = [f.name for f, _ in self.functions if not isinstance(f.function, RewardModel)]
-        parts = [
-            self._score_with(f, trajectories) for f, _ in self.functions if not isinstance(f.function, RewardModel)
-        ]
-        return [{name: part[i] for name, part in zip(names, parts, strict=True)} for i in range(len(trajectories))]
+        parts = {f.name: self._score_with(f, trajectories) for f, _ in self.functions if not _is_model(f)}
+        return [{name: part[i] for name, part in parts.items()} for i in range(len(trajectories))]
 
     def _conclude(
         self,
@@ -153,8 +150,8 @@ class Rewards:
     ) -> RewardReport:
         """Let the models score as well, in this thread, and form the sums."""
         for function, _ in self.functions:
-            if isinstance(function.function, RewardModel) and (trajectories or strategy is not None):
-                for part, outcome in zip(parts, function.function.score(trajectories, strategy), strict=True):
+            if isinstance(model := function.function, RewardModel) and (trajectories or strategy is not None):
+                for part, outcome in zip(parts, model.score(trajectories, strategy), strict=True):
                     part[function.name] = outcome
         failures = [
             self._assign(t, [part[name] for name in self.names]) for t, part in zip(trajectories, parts, strict=True)
@@ -259,9 +256,7 @@ class Scoring:
 
     def __init__(self, rewards: Rewards, strategy: StrategyBase | None = None) -> None:
         self._rewards, self._strategy = rewards, strategy
-        self._waits = any(
-            f.batch and not f.batch_size and not isinstance(f.function, RewardModel) for f, _ in rewards.functions
-        )
+        self._waits = any(f.batch and not f.batch_size and not _is_model(f) for f, _ in rewards.functions)
         self._arrived: list[Trajectory] = []
         self._scored: list[Trajectory] = []
         self._parts: list[dict[str, Outcome]] = []
@@ -310,6 +305,10 @@ class Scoring:
             except BaseException as err:
                 self._error = err
                 return
+
+
+def _is_model(function: RewardFunction) -> bool:
+    return isinstance(function.function, RewardModel)
 
 
 def _call(function: RewardFunction, batch: list[dict[str, Any]]) -> list[Outcome]:

@@ -142,7 +142,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         module = self.lightning_module
         assert module is not None
         self.training_engines = trainer.state.fn == TrainerFn.FITTING
-        for part in filter(has_meta, frozen_parts(module, ())):
+        for part in frozen_parts(module, ()) if has_meta(module) else ():
             self._streamed[part] = stream_in(self._deepspeed, part, self._json(part), self.root_device)
         if self.training_engines:
             self.setup_optimizers(trainer)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightrft_lightning import PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
+from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.scalar import load_scalar_model
 from lightrft_lightning.models.tiny import char_tokenizer
@@ -120,6 +120,14 @@ def test_by_hand_and_frozen(folder):
     assert not any(p.requires_grad for p in model.model.parameters()) and not model.model.training
     with pytest.raises(ValueError, match="no score for text 0: "):
         model(["x"], ["2"], n=[1])
+
+
+def test_in_a_loop_of_ones_own(folder):
+    strategy, model, samples = FakeStrategy(), RewardModel(folder), [sample("2"), sample("33")]
+    strategy.setup_distributed()
+    strategy.prepare(model.load())
+    assert Rewards(model).score(samples, strategy) == RewardReport(2)
+    assert [t.reward for t in samples] == pytest.approx([alone(folder, "1+1=" + t.text) for t in samples], abs=1e-5)
 
 
 @pytest.mark.parametrize(
