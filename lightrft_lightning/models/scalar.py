@@ -120,11 +120,11 @@ def completion_values(model: Any, batch: PackedBatch) -> Tensor:
 
     def forward(**inputs: Any) -> Tensor:
         hidden = backbone(**inputs).last_hidden_state[batch.row, batch.column]
-        return head(hidden)[:, 0].float()
+        return head(hidden)
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
     if batch.shared:
         inputs["position_ids"] = batch.position_ids
     with replaced_forward(model, forward):
-        return model(**inputs)
+        return model(**inputs)[:, 0].float()

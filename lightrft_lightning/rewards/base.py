@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,9 @@ class RewardReport:
     failed: int = 0
     timed_out: int = 0
     non_finite: int = 0
+
+    def __add__(self, other: RewardReport) -> RewardReport:
+        return RewardReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Rewards:
