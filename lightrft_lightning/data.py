@@ -427,7 +427,7 @@ class PromptDataModule(pl.LightningDataModule):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"PromptDataModule({name}={value!r}): must be at least 1")
-        if self.template is not None and not all(name.isidentifier() for name in _template_columns(self.template)):
+        if self.template is not None and not all(name.isidentifier() for name in template_columns(self.template)):
             raise ValueError(f"template={self.template!r}: name the columns, e.g. 'What is {{a}} + {{b}}?'")
         for name in self.val_names:
             if not isinstance(name, str) or not name or "/" in name:
@@ -504,13 +504,14 @@ class PromptDataModule(pl.LightningDataModule):
     def _load(self, name: str, tokenizer: Any) -> list[Prompt]:
         rows = load_rows(self.sources[name], self.limit, self.prompt_column)
         use_template = self._use_chat_template(tokenizer, name)
-        texts = [self._render(row, tokenizer, use_template, f"{name}: row {i}") for i, row in enumerate(rows)]
+        rendered = [self._render(row, tokenizer, use_template, f"{name}: row {i}") for i, row in enumerate(rows)]
+        texts = [text for text, _ in rendered]
         # A rendered chat template brings its own special tokens.
         ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
         hidden = None if self.template is not None else self.prompt_column
         prompts = [
-            Prompt(tuple(tokens), text, {k: v for k, v in row.items() if k != hidden})
-            for tokens, text, row in zip(ids, texts, rows, strict=True)
+            Prompt(tuple(tokens), text, {k: v for k, v in row.items() if k != hidden}, messages=messages)
+            for tokens, (text, messages), row in zip(ids, rendered, rows, strict=True)
         ]
         return self._check_lengths(prompts, name)
 
@@ -524,20 +525,21 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"system_prompt={_short(self.system_prompt)} needs a chat template, and {why}")
         return use
 
-    def _render(self, row: Row, tokenizer: Any, use_template: bool, where: str) -> str:
-        """The text of one row, ready for the tokenizer."""
+    def _render(self, row: Row, tokenizer: Any, use_template: bool, where: str) -> tuple[str, tuple[Row, ...]]:
+        """The text of one row, ready for the tokenizer, and the conversation that it comes from, if any."""
         content = self._content(row, where)
         if not isinstance(content, str) and not use_template:
             raise ValueError(f"{where} is a conversation, which needs a tokenizer with a chat template")
-        text = self._apply_chat_template(content, tokenizer, where) if use_template else content
+        messages = self._messages(content) if use_template else ()
+        text = self._apply_chat_template(messages, tokenizer, where) if use_template else content
         try:
             text.encode()
         except UnicodeEncodeError as err:
             raise ValueError(f"{where} is not valid Unicode ({err.reason} at {err.start}): {_short(text)}") from err
-        return text
+        return text, messages
 
     def _content(self, row: Row, where: str) -> Any:
-        columns = [self.prompt_column] if self.template is None else _template_columns(self.template)
+        columns = [self.prompt_column] if self.template is None else template_columns(self.template)
         for column in columns:
             if column not in row:
                 raise ValueError(f"{where}: {unknown_name('column', column, map(str, row))}")
@@ -554,14 +556,17 @@ class PromptDataModule(pl.LightningDataModule):
             )
         return content
 
-    def _apply_chat_template(self, content: Any, tokenizer: Any, where: str) -> str:
+    def _messages(self, content: Any) -> tuple[Row, ...]:
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return tuple(messages)
+
+    def _apply_chat_template(self, messages: tuple[Row, ...], tokenizer: Any, where: str) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as err:  # whatever the template's author raises, e.g. for a role it does not know
-            raise ValueError(f"{where}: the chat template refuses {_short(messages)}: {err}") from err
+            raise ValueError(f"{where}: the chat template refuses {_short(list(messages))}: {err}") from err
 
     def _check_lengths(self, prompts: list[Prompt], name: str) -> list[Prompt]:
         for i, prompt in enumerate(prompts):
@@ -584,8 +589,12 @@ class PromptDataModule(pl.LightningDataModule):
         return fitting
 
 
-def _template_columns(template: str) -> list[str]:
-    """Names of the columns in a format string; ``"{a[0]} {b.c}"`` uses ``a`` and ``b``."""
+def template_columns(template: str) -> list[str]:
+    """Names of the columns in a format string; ``"{a[0]} {b.c}"`` uses ``a`` and ``b``.
+
+    Raises:
+        ValueError: it is no format string.
+    """
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as err:

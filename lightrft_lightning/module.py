@@ -232,6 +232,8 @@ class RLHFModule(pl.LightningModule):
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
+        self.reward_models = nn.ModuleList()
+        """Those of `rewards`, frozen; here, so that the strategy shards them."""
         self.critic: nn.Module | None = None
         """A `load_scalar_model`, or a linear head if the critic shares the policy's trunk."""
         self.iteration = 0
@@ -240,8 +242,8 @@ class RLHFModule(pl.LightningModule):
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
-        self.register_state_dict_post_hook(_drop_reference)
-        self.register_load_state_dict_pre_hook(_add_reference)
+        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_load_state_dict_pre_hook(_add_frozen)
 
     # ---------------------------------------------------------------- one iteration
 
@@ -262,7 +264,7 @@ class RLHFModule(pl.LightningModule):
     def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> _Sampled:
         """Completions with their rewards, which are computed while others are still being generated."""
         start = time.perf_counter()
-        with self.rewards.in_background() as scoring:
+        with self.rewards.in_background(self.strategy) as scoring:
             trajectories = self.rollout(prompts, self._iteration_sampling(), scoring.add, first_group)
             generated = time.perf_counter()
             report = scoring.finish()
@@ -708,7 +710,7 @@ class RLHFModule(pl.LightningModule):
 
     def _evaluate(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx, dataloader_idx))
-        self.rewards.score(trajectories)
+        self.rewards.score(trajectories, self.strategy)
         groups: dict[int, list[SampleResult]] = {}
         for sample in self._gather_samples(trajectories):
             groups.setdefault(sample.group, []).append(sample)
@@ -792,6 +794,8 @@ class RLHFModule(pl.LightningModule):
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        if self._trainer is not None and not self.reward_models:
+            self.reward_models.extend(model.load() for model in self.rewards.models)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -894,15 +898,21 @@ class RLHFModule(pl.LightningModule):
     # ---------------------------------------------------------------- settings and logs
 
     @classmethod
-    def from_config(cls, config: StrategyConfig, model: Any, rewards: Any, **settings: Any) -> RLHFModule:
+    def from_config(cls, config: StrategyConfig, model: Any, rewards: Any = None, **settings: Any) -> RLHFModule:
         """Build from LightRFT's configuration fields; `settings` are further arguments and win.
 
+        With `remote_rm_url` (several are separated by commas) the rewards come from there.
+
         Raises:
-            ValueError: a field asks for something that this release does not have.
+            ValueError: a field asks for something that this release does not have, or there are rewards of two kinds.
         """
+        if config.remote_rm_url:
+            if rewards is not None:
+                raise ValueError(f"remote_rm_url={config.remote_rm_url!r} and rewards={rewards!r}: give one of them")
+            rewards = {"name": "remote", "url": [url.strip() for url in config.remote_rm_url.split(",")]}
         critic = () if config.advantage_estimator == "gae" else ("critic_pretrain", "critic_learning_rate")
         refused = (
-            *critic, "remote_rm_url", "pretrain_data", "mixed_mm_data",
+            *critic, "pretrain_data", "mixed_mm_data",
             "micro_rollout_batch_size", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
@@ -1144,13 +1154,17 @@ def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
     return value if isinstance(value, SamplingParams) else SamplingParams(**value)
 
 
-def _drop_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """The reference is the starting policy: it comes from `model`, so a checkpoint need not hold it."""
-    for name in [n for n in state_dict if n.startswith(f"{prefix}reference.")]:
+_FROZEN = ("reference", "reward_models")
+"""Parts of the module that come from their sources, so that checkpoints need not hold them."""
+
+
+def _drop_frozen(module: RLHFModule, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [n for n in state_dict if n.startswith(tuple(f"{prefix}{part}." for part in _FROZEN))]:
         del state_dict[name]
 
 
-def _add_reference(module: RLHFModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    if module.reference is not None:
-        for name, value in module.reference.state_dict().items():
-            state_dict[f"{prefix}reference.{name}"] = value
+def _add_frozen(module: RLHFModule, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    for part in _FROZEN:
+        frozen = getattr(module, part)
+        if frozen is not None:
+            state_dict.update({f"{prefix}{part}.{name}": value for name, value in frozen.state_dict().items()})

@@ -469,6 +469,13 @@ def test_system_prompt(chat_tokenizer):
     first, second = load(rows, chat_tokenizer, system_prompt="be brief")
     assert first.text == "<system>be brief<user>hi<assistant>"
     assert second.text == "<system>own<user>ho<assistant>"
+    assert first.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"})
+    assert second.messages == tuple(rows[1])
+
+
+def test_plain_text_has_no_messages(tokenizer):
+    (prompt,) = load(["hi"], tokenizer)
+    assert prompt.messages == ()
 
 
 @pytest.mark.parametrize(

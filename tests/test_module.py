@@ -664,7 +664,14 @@ def test_failed_rewards_may_get_a_fixed_value(tmp_path):
     assert {t.reward for t in module.last_trajectories} == {-2.0}
 
 
-@pytest.mark.parametrize("field", [{"remote_rm_url": "x"}, {"plot_every": 5}])
+@pytest.mark.parametrize("field", [{"plot_every": 5}, {"use_tensorboard": "x"}])
 def test_from_config_refuses_what_it_cannot_do(field):
     with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not there yet"):
         RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)
+
+
+def test_from_config_takes_rewards_from_a_server():
+    config = StrategyConfig(remote_rm_url="http://localhost:1/a, http://localhost:2/b", advantage_estimator="rloo")
+    assert RLHFModule.from_config(config, "anything", tokenizer=object()).rewards.names == ["remote"]
+    with pytest.raises(ValueError, match=r"remote_rm_url='http.* and rewards=.*give one of them"):
+        RLHFModule.from_config(config, "anything", "exact_match", tokenizer=object())

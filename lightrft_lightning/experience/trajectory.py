@@ -20,12 +20,14 @@ class Prompt:
         text: the same as text, for rewards, logs and sample tables.
         fields: all other columns of the row (e.g. ``answer``), handed to the reward functions by name.
         filler: repeats another prompt so that all ranks have equally many; its completions do not count.
+        messages: the conversation that `text` was rendered from; empty if it was plain text.
     """
 
     token_ids: tuple[int, ...]
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     filler: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Rewards: plain functions that score completions, and what runs them safely."""
+"""Rewards: plain functions, servers and models that score completions, and what runs them safely."""
 
 from lightrft_lightning.rewards import functions  # registers them
-from lightrft_lightning.rewards._spec import REWARDS
+from lightrft_lightning.rewards._spec import REWARDS, InProcesses
 from lightrft_lightning.rewards.base import RewardReport, Rewards
+from lightrft_lightning.rewards.judge import Judge
+from lightrft_lightning.rewards.model import RewardModel
+from lightrft_lightning.rewards.remote import RemoteReward
 
-__all__ = ["REWARDS", "RewardReport", "Rewards", "functions"]
+__all__ = ["REWARDS", "InProcesses", "Judge", "RemoteReward", "RewardModel", "RewardReport", "Rewards", "functions"]

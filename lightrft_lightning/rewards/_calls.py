@@ -3,18 +3,21 @@
 Threads are daemons and belong to one `run_*` call: a stuck one is abandoned, it neither blocks the next iteration nor
 keeps the process from ending (the threads of a `ThreadPoolExecutor` would: Python joins them at exit). What no thread
 can be protected from is a call that holds the interpreter lock, e.g. a regular expression with catastrophic
-backtracking: such work belongs into a process.
+backtracking: such work belongs into a process (`_pool`). Only the standard library is imported here, so that such a
+process starts fast.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 Failure = Literal["failed", "timed_out", "non_finite"]
@@ -62,9 +65,9 @@ def run_in_threads(calls: Sequence[Callable[[], Any]], workers: int, deadline: f
             except queue.Empty:
                 return
             running[index] = start = time.monotonic()
-            outcome = _guarded(calls[index])
+            outcome = guarded(calls[index])
             late = time.monotonic() - start > deadline
-            finished.put((index, _timed_out(deadline) if late else outcome))
+            finished.put((index, timed_out(deadline) if late else outcome))
 
     try:
         for _ in range(min(workers, len(calls))):
@@ -73,7 +76,7 @@ def run_in_threads(calls: Sequence[Callable[[], Any]], workers: int, deadline: f
             now = time.monotonic()
             for index in [i for i, start in list(running.items()) if now - start > deadline and finished.empty()]:
                 del running[index]
-                outcomes[index] = _timed_out(deadline)
+                outcomes[index] = timed_out(deadline)
                 _start_daemon(work)
             until_next = min(running.copy().values(), default=now) + deadline - now
             try:
@@ -107,7 +110,7 @@ def run_on_event_loop(calls: Sequence[Callable[[], Awaitable[Any]]], deadline: f
         task = asyncio.ensure_future(_guarded_await(calls[index]))
         # Not `wait_for`: it would wait for a call that ignores its cancellation.
         await asyncio.wait([task], timeout=deadline)
-        outcomes[index] = task.result() if task.done() else _timed_out(deadline)
+        outcomes[index] = task.result() if task.done() else timed_out(deadline)
         task.cancel()
         progress = time.monotonic()
 
@@ -122,7 +125,8 @@ def run_on_event_loop(calls: Sequence[Callable[[], Awaitable[Any]]], deadline: f
     return list(outcomes)
 
 
-def _guarded(call: Callable[[], Any]) -> Outcome:
+def guarded(call: Callable[[], Any]) -> Outcome:
+    """Call it; whatever it raises is the outcome's failure."""
     try:
         return Outcome(call())
     except BaseException as err:  # also SystemExit: it would end this thread, and its sample would wait for ever
@@ -136,6 +140,41 @@ async def _guarded_await(call: Callable[[], Awaitable[Any]]) -> Outcome:
         return Outcome(failure="failed", reason=_describe(err))
 
 
+def checked_values(result: Any, size: int) -> list[Outcome]:
+    """What a function returned for `size` samples, one outcome each.
+
+    Runs where the function ran: `__float__` and `__iter__` are its code as well.
+
+    Raises:
+        TypeError: it returned something that has no order.
+        ValueError: it returned more or fewer values than samples.
+    """
+    if isinstance(result, (str, bytes, Mapping, Set)):
+        raise TypeError(f"returned a {type(result).__name__} in place of a list of numbers")
+    values = list(islice(result, size + 1))
+    if len(values) != size:
+        raise ValueError(f"returned {len(values) if len(values) < size else 'too many'} values for {size} samples")
+    return [checked_value(value) for value in values]
+
+
+def checked_value(value: Any) -> Outcome:
+    """A finite number, or the failure of its sample, which an exception in place of a number explains."""
+    if isinstance(value, BaseException):
+        return Outcome(failure="failed", reason=_describe(value))
+    refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number")
+    if isinstance(value, (str, bytes, bytearray)):  # float("1") would work
+        return refused
+    try:
+        number = float(value)
+    except OverflowError:
+        return Outcome(failure="non_finite", reason="returned a number too large for a float")
+    except BaseException:  # whatever `__float__` raises
+        return refused
+    if not math.isfinite(number):
+        return Outcome(failure="non_finite", reason=f"returned {number}")
+    return Outcome(number)
+
+
 def _describe(err: BaseException) -> str:
     """Type, message and place of an exception; its `__str__` is somebody else's code as well."""
     frames = traceback.extract_tb(err.__traceback__, limit=-1)
@@ -147,7 +186,8 @@ def _describe(err: BaseException) -> str:
     return f"{type(err).__name__}: {message}{place}"
 
 
-def _timed_out(deadline: float) -> Outcome:
+def timed_out(deadline: float) -> Outcome:
+    """The outcome of a call that was given up."""
     return Outcome(failure="timed_out", reason=f"took longer than its deadline of {deadline:g} s")
 
 

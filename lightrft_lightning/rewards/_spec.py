@@ -9,7 +9,7 @@ import inspect
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,13 +17,30 @@ from typing import Any
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.experience.trajectory import Trajectory
+from lightrft_lightning.rewards._pool import FILE_MODULES, ProcessPool
 
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
-"""Reward functions by name. Extend with ``@REWARDS.register("name")``."""
+"""Reward functions by name, and classes of which the options make one. Extend with ``@REWARDS.register("name")``."""
 
 SINGLE = ("prompt", "completion")
 BATCH = ("prompts", "completions")
 PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids")
+
+
+@dataclass(frozen=True)
+class InProcesses:
+    """A reward that is called in processes of its own, as the mapping ``{"name": ..., "processes": 4}`` says it.
+
+    A call that holds the interpreter lock for ever, or crashes, then costs its own sample and the process, which is
+    replaced.
+
+    Args:
+        function: what `Rewards` takes as one entry; it must be importable by its name, so no lambda.
+        processes: how many calls at a time.
+    """
+
+    function: Any
+    processes: int = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,10 @@ class RewardFunction:
         is_async: returns an awaitable.
         required: columns that it cannot do without.
         optional: columns that it takes if the data has them; None: all.
+        pool: the processes that it runs in, if it does.
+        batch_size: most samples of one call, for batch functions that may see any part of the batch; a failed call is
+            then not repeated sample by sample.
+        workers: calls at a time, if not as many as usual.
     """
 
     name: str
@@ -45,13 +66,17 @@ class RewardFunction:
     is_async: bool
     required: frozenset[str]
     optional: frozenset[str] | None
+    pool: ProcessPool | None = None
+    batch_size: int | None = None
+    workers: int | None = None
 
     @classmethod
-    def inspect(cls, name: str, function: Callable[..., Any]) -> RewardFunction:
+    def inspect(cls, name: str, function: Callable[..., Any], processes: int | None = None) -> RewardFunction:
         """Read the signature.
 
         Raises:
             TypeError: it has neither a parameter `completion` nor `completions`, or one that cannot be given by name.
+            ValueError: it shall run in processes, and cannot be sent to one.
         """
         parameters = inspect.signature(function).parameters
         fixed = set(function.keywords) if isinstance(function, functools.partial) else set()
@@ -62,7 +87,7 @@ class RewardFunction:
                 f"(called with lists), it takes ({', '.join(parameters)})"
             )
         batch = "completions" in names
-        required: set[str] = set()
+        required: set[str] = set(getattr(function, "columns", ()))
         optional: set[str] = set()
         everything = False
         for n in names:
@@ -80,6 +105,9 @@ class RewardFunction:
             is_async=_is_async(function),
             required=frozenset(required),
             optional=None if everything else frozenset(optional),
+            pool=None if processes is None else ProcessPool(name, function, processes),
+            batch_size=getattr(function, "batch_size", None) if batch else None,
+            workers=getattr(function, "workers", None),
         )
 
     def arguments(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -121,13 +149,16 @@ def parse(functions: Any, weights: Sequence[float] | None = None) -> list[tuple[
     if weights is not None and len(weights) != len(parsed):
         raise ValueError(f"{len(weights)} weights for {len(parsed)} reward functions")
     result: list[tuple[RewardFunction, float]] = []
-    for i, (name, function, weight) in enumerate(parsed):
-        if weights is not None and weight is not None:
+    for i, entry in enumerate(parsed):
+        name = entry.name
+        if weights is not None and entry.weight is not None:
             raise ValueError(f"the reward {name!r} has two weights, its own and one in `weights`")
         if name in {f.name for f, _ in result}:
             name = f"{name}_{i}"
-        value = weights[i] if weights is not None else 1.0 if weight is None else weight
-        result.append((RewardFunction.inspect(name, function), check_finite(f"weight of the reward {name!r}", value)))
+        value = weights[i] if weights is not None else 1.0 if entry.weight is None else entry.weight
+        made = _made(name, entry.function, {}) if inspect.isclass(entry.function) else entry.function
+        function = RewardFunction.inspect(name, made, entry.processes)
+        result.append((function, check_finite(f"weight of the reward {name!r}", value)))
     return result
 
 
@@ -147,20 +178,30 @@ def check_finite(what: str, value: Any) -> float:
     return float(value)
 
 
-def _parse_entry(entry: Any) -> tuple[str, Callable[..., Any], float | None]:
-    """Name, function and own weight of one entry."""
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    function: Callable[..., Any]
+    weight: float | None = None
+    processes: int | None = None
+
+
+def _parse_entry(entry: Any) -> _Entry:
     if isinstance(entry, Mapping):
         options = dict(entry)
         if "name" not in options:
             raise ValueError(f"a reward with options is {{'name': ..., 'weight': ..., option: ...}}, got {options}")
-        weight = options.pop("weight", None)
-        name, function, _ = _parse_entry(options.pop("name"))
-        return name, _with_options(name, function, options), weight
+        inner = _parse_entry(options.pop("name"))
+        weight, processes = options.pop("weight", inner.weight), options.pop("processes", inner.processes)
+        return _Entry(inner.name, _with_options(inner.name, inner.function, options), weight, processes)
+    if isinstance(entry, InProcesses):
+        return replace(_parse_entry(entry.function), processes=entry.processes)
     if isinstance(entry, str):
-        return _short_name(entry), _find(entry), None
+        return _Entry(_short_name(entry), _find(entry))
     if callable(entry):
         unbound = entry.func if isinstance(entry, functools.partial) else entry
-        return getattr(unbound, "__name__", type(unbound).__name__), entry, None
+        name = getattr(unbound, "__name__", None) or getattr(unbound, "name", None) or type(unbound).__name__
+        return _Entry(name, entry)
     raise TypeError(f"a reward is a function, a name or a mapping, got {type(entry).__name__}: {entry!r}")
 
 
@@ -169,12 +210,28 @@ def _short_name(path: str) -> str:
 
 
 def _with_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    if inspect.isclass(function):
+        return _made(name, function, options)
     parameters = inspect.signature(function).parameters
     known = [n for n, p in parameters.items() if n not in PROVIDED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of reward {name!r}", option, known))
     return functools.partial(function, **options) if options else function
+
+
+def _made(name: str, cls: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """An instance of a class whose instances are reward functions."""
+    parameters = inspect.signature(cls).parameters
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    if len(named) == len(parameters):  # else the class itself says what it does not know
+        for option in options:
+            if option not in named:
+                raise ValueError(unknown_name(f"option of reward {name!r}", option, named))
+    for option, parameter in named.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"reward {name!r} needs the option {option!r}: {{'name': {name!r}, {option!r}: ...}}")
+    return cls(**options)
 
 
 def _find(path: str) -> Callable[..., Any]:
@@ -202,7 +259,7 @@ def _find(path: str) -> Callable[..., Any]:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"no such file with rewards: {str(path)!r} (looked in {str(Path.cwd())!r})")
-    name = f"lightrft_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    name = f"{FILE_MODULES}{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -6,17 +6,27 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
-from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.experience.trajectory import Trajectory
-from lightrft_lightning.rewards._calls import Failure, Outcome, run_in_threads, run_on_event_loop
+from lightrft_lightning.rewards._calls import (
+    Failure,
+    Outcome,
+    checked_value,
+    checked_values,
+    run_in_threads,
+    run_on_event_loop,
+)
 from lightrft_lightning.rewards._spec import RewardFunction, check_finite, parse
+from lightrft_lightning.rewards.model import RewardModel
+
+if TYPE_CHECKING:
+    from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
@@ -47,26 +57,31 @@ class Rewards:
     A reward function is a plain function, called with keywords; it receives those columns of the data that it names:
 
     - ``def f(prompt, completion, answer) -> float`` is called for each sample,
-    - ``def f(prompts, completions, answer) -> list[float]`` with lists,
+    - ``def f(prompts, completions, answer) -> list[float]`` with lists; an exception in the result is the failure of
+      its own sample,
     - either may be ``async def``: then all samples are awaited concurrently,
-    - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything.
+    - ``finish_reason`` and ``token_ids`` are there besides the columns, and ``**columns`` receives everything,
+    - an object with ``__call__``, or its class with options, which is then built once. Its attribute ``columns`` names
+      further columns that it needs, ``workers`` how many calls there may be at a time; with ``batch_size`` it is called
+      with at most that many samples, as soon as they are there, and a failure is that of all of them.
 
     A function runs in a thread of its own, not in the main one, with Python's and torch's thread-local settings (e.g.
     `torch.no_grad`) at their defaults. A batch function that fails or takes too long is called again one sample at a
     time, an async function that blocks the event loop one sample a thread, so that only the sample that is to blame
-    is lost. A call that holds the interpreter lock cannot be given up: run such work in a process.
+    is lost. A call that holds the interpreter lock cannot be given up in a thread: with ``"processes": 4`` in the
+    mapping, or as `InProcesses`, the function runs in processes, which are killed at the deadline and replaced.
 
     Args:
         functions: a function; a name in `REWARDS`; ``"package.module.function"``; ``"path/to/file.py:function"``; a
-            mapping ``{"name": any of these, "weight": 0.5, option: value}``; a list of these; or a mapping from name
-            to weight.
+            mapping ``{"name": any of these, "weight": 0.5, "processes": 4, option: value}``; a list of these; or a
+            mapping from name to weight.
         weights: one a function; default: 1.
         deadline: seconds that one call of a function may take, counted from when it starts.
         on_error: ``drop`` leaves a failed sample without a reward, a number is the reward that it gets.
-        workers: calls at a time.
+        workers: calls at a time in threads.
 
     Raises:
-        ValueError: unknown name or option, or a number out of range.
+        ValueError: unknown name or option, a number out of range, or a function for processes that only exists here.
         TypeError: a function takes neither `completion` nor `completions`.
 
     Example:
@@ -90,6 +105,9 @@ class Rewards:
         if not deadline > 0 or workers < 1:
             raise ValueError(f"Rewards(deadline={deadline}, workers={workers}): needs deadline > 0, workers >= 1")
         self.functions = parse(functions, weights)
+        for function, _ in self.functions:
+            if function.pool is not None and _is_model(function):
+                raise ValueError(f"reward {function.name!r}: a reward model runs in the trainer, leave out `processes`")
         self.deadline = min(deadline, 1e6)  # the longest wait that the platform's locks take is finite
         self.on_error = None if on_error == "drop" else check_finite("on_error", on_error)
         self.workers = workers
@@ -100,19 +118,47 @@ class Rewards:
         """Names of the functions, the keys of `Trajectory.reward_parts`."""
         return [function.name for function, _ in self.functions]
 
-    def score(self, trajectories: Sequence[Trajectory]) -> RewardReport:
+    @property
+    def models(self) -> list[RewardModel]:
+        """Those of the rewards that are models in the training processes."""
+        return [function.function for function, _ in self.functions if _is_model(function)]  # type: ignore[misc]
+
+    def score(self, trajectories: Sequence[Trajectory], strategy: StrategyBase | None = None) -> RewardReport:
         """Set `reward` (the weighted sum) and `reward_parts` (what succeeded) of each trajectory.
 
         Every sample without a reward of its own is logged once, with its prompt and the reason.
 
+        Args:
+            trajectories: of this rank; may be empty.
+            strategy: what holds the reward models. With it, all ranks must call this together if there are any.
+
         Raises:
             ValueError: a function needs a column that the data does not have, at the first call.
         """
+        return self._conclude(trajectories, self._call_functions(trajectories), strategy)
+
+    def _call_functions(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Outcome]]:
+        """For each sample what every function made of it, by name; models are left out."""
         if not trajectories:
-            return RewardReport(0)
+            return []
         self._check_columns(trajectories)
-        parts = [self._score_with(function, trajectories) for function, _ in self.functions]
-        failures = [self._assign(t, [part[i] for part in parts]) for i, t in enumerate(trajectories)]
+        parts = {f.name: self._score_with(f, trajectories) for f, _ in self.functions if not _is_model(f)}
+        return [{name: part[i] for name, part in parts.items()} for i in range(len(trajectories))]
+
+    def _conclude(
+        self,
+        trajectories: Sequence[Trajectory],
+        parts: Sequence[dict[str, Outcome]],
+        strategy: StrategyBase | None,
+    ) -> RewardReport:
+        """Let the models score as well, in this thread, and form the sums."""
+        for function, _ in self.functions:
+            if isinstance(model := function.function, RewardModel) and (trajectories or strategy is not None):
+                for part, outcome in zip(parts, model.score(trajectories, strategy), strict=True):
+                    part[function.name] = outcome
+        failures = [
+            self._assign(t, [part[name] for name in self.names]) for t, part in zip(trajectories, parts, strict=True)
+        ]
         return RewardReport(
             samples=len(trajectories),
             failed=sum(f is not None for f in failures),
@@ -121,9 +167,12 @@ class Rewards:
         )
 
     @contextmanager
-    def in_background(self) -> Iterator[Scoring]:
-        """Score trajectories while others are still being generated; what is not scored at the end is given up."""
-        scoring = Scoring(self)
+    def in_background(self, strategy: StrategyBase | None = None) -> Iterator[Scoring]:
+        """Score trajectories while others are still being generated; what is not scored at the end is given up.
+
+        Models score in `Scoring.finish`, in the thread that calls it: sharded, their passes are in step on all ranks.
+        """
+        scoring = Scoring(self, strategy)
         try:
             yield scoring
         finally:
@@ -155,6 +204,10 @@ class Rewards:
         return [outcomes[i] for i in range(len(arguments))]
 
     def _values(self, function: RewardFunction, arguments: list[dict[str, Any]]) -> list[Outcome]:
+        if size := function.batch_size:
+            batches = [arguments[i : i + size] for i in range(0, len(arguments), size)]
+            outcomes = zip(self._call(function, batches), batches, strict=True)
+            return [one for o, batch in outcomes for one in ([o] * len(batch) if o.failure else o.value)]
         if function.batch and len(arguments) > 1:
             together = self._call(function, [arguments])[0]
             if together.failure is None:
@@ -165,8 +218,13 @@ class Rewards:
 
     def _call(self, function: RewardFunction, batches: Sequence[list[dict[str, Any]]]) -> list[Outcome]:
         """Call `function` with each batch; the value of an outcome is a list with an outcome for each sample."""
+        if function.pool is not None:
+            sizes = [len(batch) if function.batch else None for batch in batches]
+            requests = [(_keywords(function, batch), size) for batch, size in zip(batches, sizes, strict=True)]
+            return function.pool.run(requests, self.deadline)
         if not function.is_async:
-            return run_in_threads([partial(_call, function, b) for b in batches], self.workers, self.deadline)
+            workers = function.workers or self.workers
+            return run_in_threads([partial(_call, function, b) for b in batches], workers, self.deadline)
         calls = [partial(_call_async, function, batch) for batch in batches]
         outcomes = run_on_event_loop(calls, self.deadline)
         # Some call blocked the loop. Which one shows when each has a thread, and a loop, of its own.
@@ -199,11 +257,12 @@ class Scoring:
     Functions that take whole batches see the same batch as without it: with one of them, scoring waits for `finish`.
     """
 
-    def __init__(self, rewards: Rewards) -> None:
-        self._rewards = rewards
-        self._waits = any(function.batch for function, _ in rewards.functions)
+    def __init__(self, rewards: Rewards, strategy: StrategyBase | None = None) -> None:
+        self._rewards, self._strategy = rewards, strategy
+        self._waits = any(f.batch and not f.batch_size and not _is_model(f) for f, _ in rewards.functions)
         self._arrived: list[Trajectory] = []
-        self._reports: list[RewardReport] = []
+        self._scored: list[Trajectory] = []
+        self._parts: list[dict[str, Outcome]] = []
         self._error: BaseException | None = None
         self._news = threading.Condition()
         self._over = self._given_up = False
@@ -228,7 +287,7 @@ class Scoring:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return sum(self._reports, RewardReport(0))
+        return self._rewards._conclude(self._scored, self._parts, self._strategy)
 
     def stop(self) -> None:
         """Score nothing that has not been begun."""
@@ -244,10 +303,15 @@ class Scoring:
                 if self._given_up or not batch:
                     return
             try:
-                self._reports.append(self._rewards.score(batch))
+                self._parts += self._rewards._call_functions(batch)
+                self._scored += batch
             except BaseException as err:
                 self._error = err
                 return
+
+
+def _is_model(function: RewardFunction) -> bool:
+    return isinstance(function.function, RewardModel)
 
 
 def _call(function: RewardFunction, batch: list[dict[str, Any]]) -> list[Outcome]:
@@ -270,35 +334,7 @@ def _keywords(function: RewardFunction, batch: list[dict[str, Any]]) -> dict[str
 
 
 def _outcomes(function: RewardFunction, result: Any, size: int) -> list[Outcome]:
-    """Check what a function returned. Runs where the function ran: `__float__` and `__iter__` are its code as well.
-
-    Raises:
-        TypeError: a batch function returned something that has no order.
-        ValueError: it returned more or fewer values than samples.
-    """
-    if not function.batch:
-        return [_number(result)]
-    if isinstance(result, (str, bytes, Mapping, Set)):
-        raise TypeError(f"returned a {type(result).__name__} in place of a list of numbers")
-    values = list(islice(result, size + 1))
-    if len(values) != size:
-        raise ValueError(f"returned {len(values) if len(values) < size else 'too many'} values for {size} samples")
-    return [_number(value) for value in values]
-
-
-def _number(value: Any) -> Outcome:
-    refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number")
-    if isinstance(value, (str, bytes, bytearray)):  # float("1") would work
-        return refused
-    try:
-        number = float(value)
-    except OverflowError:
-        return Outcome(failure="non_finite", reason="returned a number too large for a float")
-    except BaseException:  # whatever `__float__` raises
-        return refused
-    if not math.isfinite(number):
-        return Outcome(failure="non_finite", reason=f"returned {number}")
-    return Outcome(number)
+    return checked_values(result, size) if function.batch else [checked_value(result)]
 
 
 def _short(text: str) -> str:

@@ -39,14 +39,15 @@ def last_number(completion: str, answer: Any, finish_reason: str, unfinished: fl
     """
     if unfinished is not None and finish_reason == "length":
         return unfinished
-    expected = _decimal(str(answer))
+    expected = decimal_number(str(answer))
     if expected is None:
         raise ValueError(f"answer {str(answer)[:80]!r} is no number")
     last = deque(NUMBER.finditer(completion), maxlen=1)  # no list: there may be millions
-    return float(bool(last) and _decimal(last[0].group()) == expected)
+    return float(bool(last) and decimal_number(last[0].group()) == expected)
 
 
-def _decimal(text: str) -> Decimal | None:
+def decimal_number(text: str) -> Decimal | None:
+    """The finite number that `text` is, with or without thousands separators; None: it is none."""
     try:
         number = Decimal(text.strip().replace(",", "").replace("\u2212", "-"))
     except InvalidOperation:

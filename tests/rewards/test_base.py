@@ -317,6 +317,18 @@ def test_batch_results_that_do_not_fit_are_asked_for_one_by_one(result, caplog):
     assert "Calling it one sample at a time" in caplog.text
 
 
+def test_an_exception_in_place_of_a_value_is_the_failure_of_its_sample(caplog):
+    calls = []
+
+    def function(completions):
+        calls.append(completions)
+        return [1.0, ValueError("no grade"), 3.0]
+
+    rewards, report = score(function, batch(3))
+    assert rewards == [1, None, 3] and report == RewardReport(3, failed=1) and len(calls) == 1
+    assert "ValueError: no grade" in caplog.text
+
+
 def test_endless_batch_result():
     def function(completions):
         while True:
