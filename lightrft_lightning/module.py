@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import logging
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
-from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
@@ -33,18 +33,17 @@ from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_s
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
-from lightrft_lightning.strategies.base import StrategyBase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lightrft_lightning.config import StrategyConfig
+    from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLING = SamplingParams(n=8)
 _NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
-LR_SCHEDULES = ("constant", "linear", "cosine")
 KL_PLACES = ("loss", "reward")
 REWARD_NORMS = ("none", "scale", "full")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
@@ -535,13 +534,7 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if not isinstance(self.trainer.strategy, StrategyBase):
-            raise TypeError(
-                f"RLHFModule trains through a lightrft strategy, got {type(self.trainer.strategy).__name__}: "
-                "use Trainer(strategy='lightrft_fake')"
-            )
-        # Its advice is to save the weights of before the step, from which a resumed run could not go on.
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        check_strategy(self)
         if stage == "fit" and self.algorithm is not None:
             settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in algorithms.PRESET_SETTINGS)
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
@@ -566,35 +559,8 @@ class RLHFModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.actor is not None
         optimizer = self.strategy.create_optimizer(self.actor, lr=self.lr, weight_decay=self.weight_decay)
-        if self.lr_schedule == "constant" and not self.warmup_ratio:
-            return optimizer
-        steps = self._total_optimizer_steps()
-        name = "constant_with_warmup" if self.lr_schedule == "constant" else self.lr_schedule
-        get_scheduler = import_extra("transformers", "hf").get_scheduler
-        warmup = round(steps * self.warmup_ratio)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _total_optimizer_steps(self) -> int:
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        steps = self._planned_iterations() * self.epochs_per_rollout * self.steps_per_epoch
-        if not 0 < steps < float("inf"):
-            raise ValueError(
-                f"lr_schedule={self.lr_schedule!r}, warmup_ratio={self.warmup_ratio} need a known number of steps: "
-                "set Trainer(max_epochs=...) or max_steps"
-            )
-        return int(steps)
-
-    def _planned_iterations(self) -> float:
-        trainer = self.trainer
-        if trainer.datamodule is None:  # type: ignore[attr-defined]
-            return trainer.estimated_stepping_batches
-        # Not `estimated_stepping_batches`: it sets the data loader up before Lightning has read the loader's position
-        # from the checkpoint, and a resumed run would then start the data from the beginning.
-        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        return (trainer.max_epochs or 0) * (min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+        steps = self.epochs_per_rollout * self.steps_per_epoch
+        return with_lr_schedule(self.trainer, optimizer, self.lr_schedule, self.warmup_ratio, steps)
 
     @override
     def on_fit_start(self) -> None:

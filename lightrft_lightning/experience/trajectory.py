@@ -20,12 +20,15 @@ class Prompt:
         text: the same as text, for rewards, logs and sample tables.
         fields: all other columns of the row (e.g. ``answer``), handed to the reward functions by name.
         filler: repeats another prompt so that all ranks have equally many; its completions do not count.
+        completions: ids of the texts that the row itself gives after the prompt, each with its end token: the answer
+            for supervised training, the chosen and the rejected text for a reward model.
     """
 
     token_ids: tuple[int, ...]
     text: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     filler: bool = False
+    completions: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,228 @@
+"""`RewardModule` inside a real Trainer, on a from-scratch model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lightrft_lightning import PromptDataModule, RewardModule
+from lightrft_lightning.callbacks import ExportModel
+from lightrft_lightning.models.scalar import completion_scores, load_scalar_model
+from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+
+SMALL = {"name": "tiny-llama", "layers": 2, "width": 32, "heads": 2}
+PAIRS = [
+    {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "0" * (1 + a), "better": a / 4}
+    for a in range(4)
+    for b in range(4)
+]
+
+
+def scalar_model(seed=0):
+    """With a head that says something, so that the backbone has a gradient at once."""
+    model = load_scalar_model(SMALL | {"seed": seed})
+    torch.nn.init.normal_(model.score.weight, std=0.3, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def module_of(model=None, **settings):
+    return RewardModule(model or scalar_model(), char_tokenizer(), **{"lr": 1e-3, **settings})
+
+
+def trainer_of(path, **settings):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults = {"max_epochs": 1, "enable_checkpointing": False, "log_every_n_steps": 1}
+    return pl.Trainer(
+        strategy="lightrft_fake", accelerator="cpu", default_root_dir=path, **{**defaults, **quiet, **settings}
+    )
+
+
+def data_of(**settings):
+    return PromptDataModule(**{"train": PAIRS, "val": PAIRS[:5], "batch_size": 4, "seed": 1, **settings})
+
+
+def fit(path, module, data=None, ckpt_path=None, **settings):
+    trainer = trainer_of(path, **settings)
+    trainer.fit(module, data or data_of(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def weights_of(module):
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def loss_by_hand(model, rows, margins=False, center_coef=0.0):
+    """Mean over the pairs in the precision of `model`, each text by itself in Hugging Face's own forward."""
+    total, tokenizer = torch.zeros((), dtype=model.dtype), char_tokenizer()
+    for row in rows:
+        ids = [tokenizer(row["prompt"] + row[which]).input_ids + [2] for which in ("chosen", "rejected")]
+        better, worse = (model(input_ids=torch.tensor([text])).logits[0, 0] for text in ids)
+        wanted = row["better"] if margins else 0.0
+        total = total + torch.log(1 + torch.exp(-(better - worse - wanted))) + center_coef * (better + worse) ** 2
+    return total / len(rows)
+
+
+class Record(pl.Callback):
+    def __init__(self):
+        self.metrics = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.metrics.append({k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")})
+
+
+@pytest.mark.parametrize("settings", [{}, {"margin_column": "better", "center_coef": 0.1}, {"share_prompts": False}])
+def test_loss_and_gradient_are_those_of_the_formula(tmp_path, settings):
+    module, record = module_of(**settings), Record()
+    reference = scalar_model().double()
+    loss = loss_by_hand(reference, PAIRS, "margin_column" in settings, settings.get("center_coef", 0.0))
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm().item()
+    fit(tmp_path, module, data_of(batch_size=16), limit_val_batches=0, callbacks=[record])
+    assert record.metrics[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert record.metrics[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_gradient_agrees_with_finite_differences(tmp_path):
+    module = module_of(scalar_model().double(), margin_column="better", center_coef=0.1)
+    data = data_of(completion_columns=["chosen", "rejected"], tokenizer=char_tokenizer())
+    data.setup("fit")
+    (micro,) = module._micro_batches(data.train_prompts)
+    parameter = module.model.model.layers[0].self_attn.q_proj.weight
+    loss, _ = module._losses(micro.batch, micro.trajectories)
+    loss.backward()
+    direction = parameter.grad / parameter.grad.norm()
+
+    def moved(step):
+        with torch.no_grad():
+            parameter.add_(step * direction)
+            value = module._losses(micro.batch, micro.trajectories)[0].item()
+            parameter.sub_(step * direction)
+        return value
+
+    slope = (moved(1e-3) - moved(-1e-3)) / 2e-3  # the norm layers compute in float32
+    assert slope == pytest.approx(parameter.grad.norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_the_result_does_not_depend_on_the_token_budget(tmp_path, share_prompts):
+    results = []
+    for budget in (8192, 40, 24):
+        module = module_of(token_budget=budget, share_prompts=share_prompts, lr=1e-3, center_coef=0.01)
+        fit(tmp_path, module, limit_val_batches=0)
+        results.append(weights_of(module))
+    for other in results[1:]:
+        assert (other - results[0]).norm() < 1e-5 * results[0].norm()
+
+
+def test_held_out_metrics_are_those_of_all_pairs(tmp_path):
+    module = module_of()
+    (metrics,) = trainer_of(tmp_path).validate(module, data_of(val=PAIRS, val_batch_size=3), verbose=False)
+    model, tokenizer, differences, scores = scalar_model(), char_tokenizer(), [], []
+    for row in PAIRS:
+        texts = [tokenizer(row["prompt"] + row[which]).input_ids + [2] for which in ("chosen", "rejected")]
+        better, worse = (model(input_ids=torch.tensor([ids])).logits.item() for ids in texts)
+        differences.append(better - worse)
+        scores += [better, worse]
+    expected = {
+        "val/loss": sum(math.log(1 + math.exp(-d)) for d in differences) / 16,
+        "val/accuracy": sum(d > 0 for d in differences) / 16,
+        "val/margin": sum(differences) / 16,
+        "val/reward": sum(scores) / 32,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    assert 0 < metrics["val/accuracy"] < 1
+
+
+def wrong(answer, rng):
+    """Another number with as many digits."""
+    while (text := "".join(rng.choice("0123456789") for _ in answer)) == answer:
+        pass
+    return text
+
+
+def test_learns_to_tell_right_from_wrong(tmp_path):
+    rng = random.Random(0)
+    rows = [
+        {"prompt": f"{a}+{b}=", "chosen": f"{a + b:02}", "rejected": wrong(f"{a + b:02}", rng)}
+        for a in range(10)
+        for b in range(10)
+        for _ in range(4)
+    ]
+    rng.shuffle(rows)
+    module = RewardModule(tiny_llama(0, width=64, layers=2), char_tokenizer(), lr=3e-3, lr_schedule="linear")
+    data = PromptDataModule(train=rows[64:], val=rows[:64], batch_size=48, seed=0)
+    trainer = fit(tmp_path, module, data, max_epochs=20)
+    assert float(trainer.callback_metrics["val/accuracy"]) >= 0.8
+    assert float(trainer.callback_metrics["val/margin"]) > 1
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(tmp_path):
+    def run(path, module, ckpt_path=None):
+        record, keep = Record(), ModelCheckpoint(path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        settings = {"callbacks": [record, keep], "enable_checkpointing": True, "max_epochs": 2}
+        fit(path, module, ckpt_path=ckpt_path, **settings)
+        return record.metrics
+
+    settings = {"lr_schedule": "cosine", "warmup_ratio": 0.25}
+    models = [scalar_model() for _ in range(2)]
+    for model in models:
+        model.config.attention_dropout = 0.2
+    straight, resumed = (module_of(model, **settings) for model in models)
+    whole = run(tmp_path / "a", straight)
+    torch.manual_seed(7)
+    rest = run(tmp_path / "b", resumed, ckpt_path=tmp_path / "a" / "step=3.ckpt")
+    assert whole[3:] == rest and len(rest) == 5
+    assert torch.equal(weights_of(straight), weights_of(resumed))
+
+
+def test_a_checkpoint_makes_the_module_again(tmp_path):
+    module = RewardModule(SMALL, char_tokenizer(), lr=2e-3, center_coef=0.5, margin_column="better")
+    trainer = fit(tmp_path, module)
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    again = RewardModule.load_from_checkpoint(tmp_path / "kept.ckpt")
+    assert (again.lr, again.center_coef, again.margin_column) == (2e-3, 0.5, "better")
+    assert torch.equal(weights_of(module), weights_of(again))
+
+
+def test_hugging_face_opens_the_result_and_gives_the_same_scores(tmp_path):
+    module = RewardModule(tiny_llama(0, width=32, layers=2), char_tokenizer(), lr=1e-2)
+    trainer = fit(tmp_path, module, callbacks=[ExportModel(str(tmp_path / "reward"))])
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    (micro,) = module._micro_batches(trainer.datamodule.val_prompts)
+    ours, index = completion_scores(module.model, micro.batch)
+    assert ours.std() > 0.01
+    for score, i in zip(ours, index.tolist(), strict=True):
+        row, which = PAIRS[i // 2], ("chosen", "rejected")[i % 2]
+        text = f"{row['prompt']}{row[which]}{tokenizer.eos_token}"
+        alone = theirs(**tokenizer(text, return_tensors="pt")).logits[0, 0]
+        torch.testing.assert_close(score, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(load_scalar_model(tmp_path / "reward").score.weight, module.model.score.weight)
+
+
+def test_bad_settings_and_data(tmp_path):
+    for settings, message in (
+        ({"center_coef": -1.0}, r"RewardModule\(center_coef=-1.0\): must be 0 or more"),
+        ({"lr_schedule": "cosin"}, "unknown lr_schedule 'cosin'. Did you mean 'cosine'"),
+        ({"warmup_ratio": 2}, r"RewardModule\(warmup_ratio=2\)"),
+        ({"token_budget": 0}, r"RewardModule\(token_budget=0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module_of(**settings)
+    with pytest.raises(ValueError, match="RewardModule needs `model`"):
+        RewardModule()
+    for settings, data, message in (
+        ({"margin_column": "beter"}, {}, "margin_column='beter'.* is None .*'better'"),
+        ({"token_budget": 8}, {}, "takes 11 tokens of a pass, token_budget is 8"),
+        ({"token_budget": 15, "share_prompts": False}, {}, "takes 18 tokens of a pass, token_budget is 15"),
+        ({}, {"completion_columns": ["chosen"]}, "comes with 1 texts"),
+        ({}, {"train": PAIRS[:3] + [{"prompt": "1", "chosen": "1"}]}, "row 3: unknown column 'rejected'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, module_of(**settings), data_of(**data))
