@@ -16,6 +16,7 @@ from lightrft_lightning.experience.trajectory import Completion, Prompt, Samplin
 from lightrft_lightning.module import RLHFModule
 from lightrft_lightning.reward_module import RewardModule
 from lightrft_lightning.rewards import Rewards
+from lightrft_lightning.sft_module import SFTModule
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 from lightrft_lightning.strategies.factory import (
@@ -44,6 +45,7 @@ __all__ = [
     "Rewards",
     "RolloutCallback",
     "RolloutEngine",
+    "SFTModule",
     "SGLangRollout",
     "SamplingParams",
     "StrategyBase",

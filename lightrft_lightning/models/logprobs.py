@@ -26,14 +26,21 @@ class LogProbs(NamedTuple):
     Attributes:
         logprobs: ``[N]`` log-probability of each token.
         entropy: ``[N]`` entropy (nats) of the distribution it was drawn from, without gradient; None if not asked for.
+        greedy: ``[N]`` bool, whether it is the most likely token; None if not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
+    greedy: Tensor | None = None
 
 
 def completion_logprobs(
-    model: nn.Module, batch: PackedBatch, temperature: float = 1.0, chunk_size: int = 512, entropy: bool = False
+    model: nn.Module,
+    batch: PackedBatch,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+    entropy: bool = False,
+    greedy: bool = False,
 ) -> LogProbs:
     """Log-probabilities of a batch's policy tokens under `model`.
 
@@ -52,6 +59,7 @@ def completion_logprobs(
         chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
             size.
         entropy: also compute the entropy of each distribution.
+        greedy: also say of each token whether it is the most likely one.
 
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, or prompts are shared in `batch` and the model
@@ -79,7 +87,7 @@ def completion_logprobs(
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
-        return _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy)
+        return _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
@@ -165,8 +173,9 @@ def _chunked(
     temperature: float,
     chunks: int,
     entropy: bool,
+    greedy: bool,
 ) -> LogProbs:
-    def score(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits_CV = head(hidden_CH)
         # A log-softmax in bfloat16 is off by up to 0.08.
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
@@ -175,18 +184,20 @@ def _chunked(
         logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
         with torch.no_grad():
             entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1) if entropy else None
-        return logprobs_C, entropy_C
+            greedy_C = logits_CV.argmax(-1) == target_C if greedy else None
+        return logprobs_C, entropy_C, greedy_C
 
-    logprobs, entropies = [], []
+    results = []
     for hidden_CH, target_C in zip(hidden_NH.tensor_split(chunks), target_N.tensor_split(chunks), strict=True):
         if torch.is_grad_enabled():
             # The head draws no random numbers, so its state need not be kept for the second run.
-            result = checkpoint(score, hidden_CH, target_C, use_reentrant=False, preserve_rng_state=False)
+            results.append(checkpoint(score, hidden_CH, target_C, use_reentrant=False, preserve_rng_state=False))
         else:
-            result = score(hidden_CH, target_C)
-        logprobs.append(result[0])
-        entropies.append(result[1])
-    return LogProbs(torch.cat(logprobs), torch.cat(entropies) if entropy else None)
+            results.append(score(hidden_CH, target_C))
+    logprobs, entropies, likely = zip(*results, strict=True)
+    return LogProbs(
+        torch.cat(logprobs), torch.cat(entropies) if entropy else None, torch.cat(likely) if greedy else None
+    )
 
 
 @contextmanager
