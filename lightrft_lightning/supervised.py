@@ -148,7 +148,7 @@ class SupervisedModule(pl.LightningModule):
         values = self._means(sums)
         values["grad_norm"] = self.strategy.grad_norms["model"]
         values["skipped_steps"] = float(self.strategy.skipped_steps.get("model", 0))
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, on_epoch=False, prog_bar=True)
+        self._log("train", values, on_epoch=False)
 
     def _passes(self, prompts: Sequence[Prompt]) -> list[MicroBatch]:
         """This rank's micro-batches, as many as on any other: the passes of sharded models wait for one another."""
@@ -200,9 +200,12 @@ class SupervisedModule(pl.LightningModule):
         self._log_sums("test")
 
     def _log_sums(self, stage: str) -> None:
-        values = {f"{stage}/{name}": value for name, value in self._means(self._sums).items()}
         # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
-        self.log_dict(values, sync_dist=True, prog_bar=True)
+        self._log(stage, self._means(self._sums), sync_dist=True)
+
+    def _log(self, stage: str, values: Mapping[str, float], **settings: Any) -> None:
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), **settings)
 
     # ---------------------------------------------------------------- data
 
