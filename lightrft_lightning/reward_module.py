@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,14 +14,17 @@ from typing_extensions import override
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Prompt, Trajectory
-from lightrft_lightning.models.scalar import completion_scores, load_scalar_model, with_scalar_head
+from lightrft_lightning.models.scalar import completion_scores, load_scalar_model, scalar_head, with_scalar_head
 from lightrft_lightning.supervised import MicroBatch, Sums, SupervisedModule, trajectories_of
+
+log = logging.getLogger(__name__)
 
 
 class RewardModule(SupervisedModule):
     """Learns which of two texts is preferred (Bradley-Terry): ``-log sigmoid(chosen - rejected - margin)``.
 
-    The score of a text is the head's output at its last token (see `completion_scores`). The loss is the mean over the
+    The score of a text is the head's output at its last token, which is the end token (see `completion_scores`). Where
+    the tokenizer pads with the end token, a new model gets another padding token. The loss is the mean over the
     pairs of all ranks. Logged are ``loss``, ``accuracy`` (share of pairs whose chosen text scores higher), ``margin``
     (mean of chosen - rejected) and ``reward`` (mean score of all texts).
 
@@ -56,19 +61,28 @@ class RewardModule(SupervisedModule):
         self._check("center_coef", center_coef >= 0, "0 or more")
         self._save_hyperparameters(model, center_coef=center_coef, margin_column=margin_column)
         if self.model is not None and not hasattr(self.model, "score"):
-            self.model = with_scalar_head(self.model).train()
-
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if (
-            pad := self.tokenizer.pad_token_id
-        ) is not None:  # what the score's position depends on goes by the tokenizer
-            self.model.config.get_text_config().pad_token_id = pad
+            self.model = self._with_own_padding(with_scalar_head(self.model)).train()
 
     @override
     def _load_model(self, source: Any) -> nn.Module:
-        return load_scalar_model(source)
+        model = load_scalar_model(source)
+        return model if scalar_head(model).weight.any() else self._with_own_padding(model)
+
+    def _with_own_padding(self, model: Any) -> Any:
+        """Let model and tokenizer pad with another token than the end, so that a new head reads the end of a text.
+
+        Hugging Face reads the last token that is not the padding token.
+        """
+        tokenizer, config = self.tokenizer, model.config.get_text_config()
+        end, names = tokenizer.eos_token_id, ("pad_token_id", "unk_token_id", "bos_token_id")
+        pad = next((i for i in (getattr(tokenizer, name) for name in names) if i not in (None, end)), None)
+        if pad is None:
+            log.warning("the end token is also the padding token: texts are scored at the token before their end")
+        elif pad != tokenizer.pad_token_id:
+            self._tokenizer = copy.deepcopy(tokenizer)
+            self._tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        config.pad_token_id = end if pad is None else pad
+        return model
 
     @override
     def _count(self, trajectories: Sequence[Trajectory]) -> int:

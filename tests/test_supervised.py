@@ -198,6 +198,28 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(tmp_path, make):
     assert torch.equal(weights_of(straight), weights_of(resumed))
 
 
+@pytest.mark.parametrize("bos", ["<bos>", "<eos>"])
+def test_a_new_head_reads_the_end_token_if_another_one_can_pad(tmp_path, caplog, bos):
+    tokenizer = char_tokenizer()
+    tokenizer.pad_token, tokenizer.bos_token = "<eos>", bos
+    module = RewardModule(tiny_llama(0, width=32, layers=2), tokenizer, lr=1e-2)
+    trainer = fit(tmp_path, module, callbacks=[ExportModel(str(tmp_path / "reward"))])
+    assert tokenizer.pad_token == "<eos>"
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    reads = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    assert reads.pad_token_id == theirs.config.pad_token_id == (1 if bos == "<bos>" else 2)
+    assert ("padding token" in caplog.text) == (bos == "<eos>")
+    (micro,) = module._micro_batches(trainer.datamodule.val_prompts)
+    ours, index = completion_scores(module.model, micro.batch)
+    texts = [f"{row['prompt']}{row[which]}<eos>" for row in ROWS[:5] for which in ("chosen", "rejected")]
+    padded = theirs(**reads(texts, return_tensors="pt", padding=True)).logits[:, 0]
+    torch.testing.assert_close(ours, padded[index], atol=1e-5, rtol=1e-5)
+    cut = theirs(**reads([text.removesuffix("<eos>") for text in texts], return_tensors="pt", padding=True)).logits[
+        :, 0
+    ]
+    assert torch.allclose(cut, padded) == (bos == "<eos>")
+
+
 @pytest.mark.parametrize(
     ("cls", "settings"),
     [
