@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+import re
+import string
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -24,6 +27,7 @@ from lightrft_lightning.convert import convert
 from lightrft_lightning.models.scalar import completion_scores, load_scalar_model
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
+GUIDE = Path(__file__).parents[1] / "docs" / "supervised.md"
 SMALL = {"name": "tiny-llama", "layers": 2, "width": 32, "heads": 2}
 ROWS = [
     {"prompt": f"{a}+{b}=", "answer": str(a + b), "chosen": str(a + b), "rejected": "0" * (1 + a), "better": a / 4}
@@ -341,3 +345,16 @@ def test_both_need_this_packages_strategies(tmp_path):
         trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
         with pytest.raises(TypeError, match="trains through a lightrft strategy, got SingleDeviceStrategy"):
             trainer.fit(make(), data_of())
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = repr({"name": "tiny-llama", "layers": 1, "width": 32, "alphabet": string.printable})
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S):
+        exec(compile(block.replace('"smollm2-135m-instruct"', tiny), GUIDE.name, "exec"), names)
+    assert (tmp_path / "my-start" / "model.safetensors").exists()
+    scores = names["learned"](["What is 2 + 3?", "What is 4 + 4?"], ["5", "80"])
+    (micro,) = names["module"]._micro_batches(names["trainer"].datamodule.train_prompts)
+    ours, index = completion_scores(names["module"].model, micro.batch)
+    assert scores == pytest.approx(ours[index.argsort()][[0, 3]].tolist(), abs=1e-5)
