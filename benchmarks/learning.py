@@ -1,9 +1,13 @@
 """Does it learn? Runs an example's YAML file with several seeds through the command line, as a user would.
 
-Prints a row a seed: validation reward before and after, mean training reward of the first and the last iterations,
+Prints a row a run: validation reward before and after, mean training reward of the first and the last iterations,
 iterations and minutes of training (model loading and supervised warm-up counted); writes JSON and a plot of the curves.
 
     python benchmarks/learning.py examples/tiny_from_scratch.yaml --seeds 1 2 3
+
+With algorithms (``all``: every preset) the same for each of them, within 150 iterations of 4 optimizer steps each:
+
+    python benchmarks/learning.py examples/tiny_from_scratch.yaml --algorithms all
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -22,22 +27,35 @@ from typing import Any
 
 from _common import RESULTS, report
 
+from lightrft_lightning.algorithms import PRESETS
+
+BUDGET = ["--model.steps_per_epoch", "4", "--trainer.limit_train_batches", "50", "--trainer.max_epochs", "3"]
+"""Several steps, so that the losses see ratios other than 1."""
+OWN_FLAGS = {"ppo": ["--model.critic", "{lr: 1.0e-3, warmup_iterations: 5}"]}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--algorithms", nargs="+", choices=["all", *PRESETS], metavar="NAME")
     arguments, flags = parser.parse_known_args()  # what is left goes to the command line
-    rows, curves = [], {}
-    for seed in arguments.seeds:
+    config, algorithms = arguments.config, arguments.algorithms or [None]
+    if "all" in algorithms:
+        algorithms = list(PRESETS)
+    name = f"learning_{config.stem}" + ("_algorithms" if arguments.algorithms else "")
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[list[float]]] = {}
+    for algorithm, seed in product(algorithms, arguments.seeds):
+        chosen = ["--model.algorithm", algorithm, *BUDGET, *OWN_FLAGS.get(algorithm, [])] if algorithm else []
         with TemporaryDirectory() as folder:
-            minutes, output, metrics = run(arguments.config, seed, Path(folder), flags)
-        curves[seed] = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
-        rows.append(summarise(seed, output, curves[seed], minutes))
+            minutes, output, metrics = run(config, seed, Path(folder), [*chosen, *flags])
+        curve = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
+        curves.setdefault(algorithm or f"seed {seed}", []).append(curve)
+        rows.append(({"algorithm": algorithm} if algorithm else {}) | summarise(seed, output, curve, minutes))
         print(rows[-1], flush=True)
-    name = f"learning_{arguments.config.stem}"
-    plot(curves, RESULTS / f"{name}.png", arguments.config.stem)
-    report(name, rows, {"config": arguments.config.name, "flags": flags})
+    plot(curves, RESULTS / f"{name}.png", config.stem)
+    report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]})
 
 
 def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, str, list[dict[str, str]]]:
@@ -74,14 +92,19 @@ def summarise(seed: int, output: str, rewards: list[float], minutes: float) -> d
     }
 
 
-def plot(curves: dict[int, list[float]], path: Path, title: str) -> None:
+def plot(curves: dict[str, list[list[float]]], path: Path, title: str) -> None:
+    """A line a name: the mean over its runs, within the range from the lowest to the highest."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4) if len(curves) < 6 else (9, 6), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="mean training reward", title=title)
-    for seed, rewards in curves.items():
-        axes.plot(range(1, len(rewards) + 1), rewards, label=f"seed {seed}")
-    axes.legend()
+    for k, (name, runs) in enumerate(curves.items()):
+        at_each = list(zip(*runs, strict=False))
+        x, color = range(1, len(at_each) + 1), colormaps["tab20"](k % 20)
+        axes.plot(x, [mean(values) for values in at_each], label=name, color=color)
+        axes.fill_between(x, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.1, linewidth=0)
+    axes.legend(fontsize="small", ncols=1 if len(curves) < 6 else 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -29,31 +29,35 @@ def check_strategy(module: pl.LightningModule) -> None:
 
 
 def with_lr_schedule(
-    trainer: pl.Trainer, optimizer: Any, lr_schedule: str, warmup_ratio: float, steps_per_batch: int = 1
-) -> Any:
-    """What `configure_optimizers` returns: the optimizer and its schedule over all steps of the fit.
+    module: Any, model: Any, settings: Any, steps_per_batch: int = 1, idle_batches: int = 0
+) -> dict[str, Any]:
+    """An optimizer and its schedule over all steps of the fit, as `configure_optimizers` returns them.
 
     Args:
-        trainer: says how long the fit is.
-        optimizer: its rate is the highest one.
-        lr_schedule: one of `LR_SCHEDULES`, after the warm-up.
-        warmup_ratio: share of all optimizer steps in which the rate rises linearly.
+        module: the `LightningModule`.
+        model: what the optimizer trains.
+        settings: what has ``lr``, ``weight_decay``, ``lr_schedule`` and ``warmup_ratio``.
         steps_per_batch: optimizer steps of one batch.
+        idle_batches: in which it makes no step.
 
     Raises:
         ValueError: the number of steps is not known.
     """
-    if lr_schedule == "constant" and not warmup_ratio:
-        return optimizer
-    steps = trainer.max_steps if trainer.max_steps > 0 else _planned_batches(trainer) * steps_per_batch
+    optimizer = module.strategy.create_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.lr_schedule == "constant" and not settings.warmup_ratio:
+        return {"optimizer": optimizer}
+    trainer = module.trainer
+    steps: float = trainer.max_steps
+    if steps <= 0:
+        steps = (_planned_batches(trainer) - idle_batches) * steps_per_batch
     if not 0 < steps < float("inf"):
         raise ValueError(
-            f"lr_schedule={lr_schedule!r}, warmup_ratio={warmup_ratio} need a known number of steps: "
-            "set Trainer(max_epochs=...) or max_steps"
+            f"lr_schedule={settings.lr_schedule!r}, warmup_ratio={settings.warmup_ratio} need a known number of "
+            "steps: set Trainer(max_epochs=...) or max_steps"
         )
-    name = "constant_with_warmup" if lr_schedule == "constant" else lr_schedule
+    name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
     get_scheduler = import_extra("transformers", "hf").get_scheduler
-    warmup = round(int(steps) * warmup_ratio)
+    warmup = round(int(steps) * settings.warmup_ratio)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

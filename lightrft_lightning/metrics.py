@@ -16,13 +16,13 @@ def mean(values: Sequence[float]) -> float:
 def combine_passes(passes: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
     """Metrics of one optimizer step from those of its passes, on all ranks, each with its number of policy tokens.
 
-    Loss and KL are shares that add up, ``*_max`` stay maxima, the rest are means over tokens.
+    Losses and KL are shares that add up, ``*_max`` stay maxima, the rest are means over tokens.
     """
     combined: dict[str, float] = {}
     tokens = sum(count for count, _ in passes)
     for name in passes[0][1] if passes else ():
         values = [metrics[name] for _, metrics in passes]
-        if name in ("loss", "kl"):
+        if name in ("loss", "kl", "value_loss"):
             combined[name] = sum(values)
         elif name.endswith("_max"):
             combined[name] = max(values)

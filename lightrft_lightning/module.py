@@ -24,10 +24,14 @@ from lightrft_lightning import algorithms
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
+from lightrft_lightning.algorithms.advantages import global_moments
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
+from lightrft_lightning.critic import Critic, as_critic, critic_values, new_critic
+from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
+from lightrft_lightning.experience.refill import Refill, informative_groups
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.metrics import SampleResult, combine_passes, mean_over_steps, reward_metrics, sample_result
 from lightrft_lightning.models.loading import load_model, load_tokenizer
@@ -46,6 +50,7 @@ DEFAULT_SAMPLING = SamplingParams(n=8)
 _NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
 KL_PLACES = ("loss", "reward")
 REWARD_NORMS = ("none", "scale", "full")
+SHORT_BATCHES = ("train", "error")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
 """Advantage estimators that look at single tokens."""
 
@@ -62,6 +67,8 @@ class RLHFModule(pl.LightningModule):
         tokenizer: default: the one of `model`.
         sampling: how training completions are drawn; `sampling.n` is the group size.
         val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
+        first_token_temperature: that of the first token of training completions, for more variety (FIRE sampling, arXiv
+            2410.21236, which has 30); None: that of the others.
         algorithm: name in `algorithms.PRESETS`, like ``dapo``: sets `algorithms.PRESET_SETTINGS` at once, and says so.
             What is given beside it wins; without it they are those of GRPO with every token weighing the same.
         advantage_estimator: name in `algorithms.ADVANTAGES`.
@@ -80,11 +87,17 @@ class RLHFModule(pl.LightningModule):
         kl_target: nats a token that `kl_coef` is adapted to reach after every iteration; None: it stays.
         kl_horizon: completions in which it changes by at most 20 %.
         kl_estimator: ``k1``, ``k2`` or ``k3`` (http://joschu.net/blog/kl-approx.html).
+        kl_unbiased_gradient: in the loss, take the gradient of the KL itself in place of the estimator's.
+        dynamic_sampling: replace prompts whose completions all earn the same by others of the training set, until the
+            batch is full of groups to learn from (arXiv 2503.14476, section 3.2).
+        sampling_attempts: most times that an iteration samples further prompts for this.
+        short_batch: what happens if these do not suffice: ``train`` on what there is with a warning, or ``error``.
         overlong_buffer: tokens before the length limit where the penalty for long completions begins; 0: none.
         overlong_factor: that penalty at the limit.
         reward_norm: ``scale`` divides rewards by the standard deviation of all so far, ``full`` subtracts their mean
             first; ``none``: neither.
         reward_clip: clip rewards to ±this before the advantages; 0: off.
+        critic: settings of the critic that GAE needs, see `Critic`; ``{}``: its defaults.
         advantage_norm: subtract the mean of the global batch's advantages and divide by their standard deviation.
         advantage_clip: clip advantages to ±this; 0: off.
         lr: learning rate of AdamW.
@@ -110,6 +123,7 @@ class RLHFModule(pl.LightningModule):
         tokenizer: Any = None,
         sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
+        first_token_temperature: float | None = None,
         algorithm: str | None = None,
         advantage_estimator: str | None = None,
         advantage_options: dict[str, Any] | None = None,
@@ -121,14 +135,19 @@ class RLHFModule(pl.LightningModule):
         high_entropy_share: float = 1.0,
         kl_coef: float | None = None,
         kl_estimator: str | None = None,
+        kl_unbiased_gradient: bool = False,
         kl_in: str | None = None,
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
+        dynamic_sampling: bool | None = None,
+        sampling_attempts: int = 10,
+        short_batch: str = "train",
         overlong_buffer: int = 0,
         overlong_factor: float = 1.0,
         reward_norm: str = "none",
         reward_clip: float = 0.0,
-        advantage_norm: bool = False,
+        critic: Critic | dict[str, Any] | None = None,
+        advantage_norm: bool | None = None,
         advantage_clip: float = 0.0,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
@@ -148,7 +167,7 @@ class RLHFModule(pl.LightningModule):
         sampling = _as_sampling(sampling)
         greedy = SamplingParams(temperature=0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
         self.automatic_optimization = False
-        self.sampling = sampling
+        self.sampling, self.first_token_temperature = sampling, first_token_temperature
         self.val_sampling = greedy if val_sampling is None else _as_sampling(val_sampling)
         chosen = algorithms.resolve(
             algorithm,
@@ -161,9 +180,12 @@ class RLHFModule(pl.LightningModule):
                 "kl_coef": kl_coef,
                 "kl_estimator": kl_estimator,
                 "kl_in": kl_in,
+                "advantage_norm": advantage_norm,
+                "critic": critic,
+                "dynamic_sampling": dynamic_sampling,
             },
         )
-        self.algorithm = algorithm
+        self.algorithm, self._chosen = algorithm, chosen
         self.advantage_estimator: str = chosen["advantage_estimator"]
         self.advantage_options: dict[str, Any] = dict(chosen["advantage_options"])
         self.policy_loss: str = chosen["policy_loss"]
@@ -173,11 +195,16 @@ class RLHFModule(pl.LightningModule):
         self.high_entropy_share = high_entropy_share
         self.kl_coef: float = chosen["kl_coef"]
         self.kl_estimator: str = chosen["kl_estimator"]
+        self.kl_unbiased_gradient = kl_unbiased_gradient
         self.kl_in: str = chosen["kl_in"]
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
+        self.dynamic_sampling: bool = chosen["dynamic_sampling"]
+        self.sampling_attempts, self.short_batch = sampling_attempts, short_batch
         self.overlong_buffer, self.overlong_factor = overlong_buffer, overlong_factor
         self.reward_norm, self.reward_clip = reward_norm, reward_clip
-        self.advantage_norm, self.advantage_clip = advantage_norm, advantage_clip
+        self.advantage_norm: bool = chosen["advantage_norm"]
+        self.advantage_clip = advantage_clip
+        self.critic_settings = as_critic(chosen["critic"])
         self.reward_moments = algorithms.RunningMoments()
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
@@ -195,6 +222,8 @@ class RLHFModule(pl.LightningModule):
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
+        self.critic: nn.Module | None = None
+        """A `load_scalar_model`, or a linear head if the critic shares the policy's trunk."""
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
         """What the latest rollout produced, for callbacks that show it."""
@@ -207,21 +236,65 @@ class RLHFModule(pl.LightningModule):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        with self.rewards.in_background() as scoring:
-            trajectories = self.rollout(batch, self._iteration_sampling(), scoring.add)
-            sampled = time.perf_counter()
-            report = scoring.finish()
-        scored = time.perf_counter()
-        usable = self.estimate_advantages(trajectories)
+        sampled = self._sample(batch)
+        learnable = self._refilled(sampled, batch) if self.dynamic_sampling else sampled.trajectories
+        self.last_trajectories = sampled.trajectories
+        usable = self.estimate_advantages(learnable)
+        before = time.perf_counter()
         metrics = self.update(usable)
-        self._log_iteration(trajectories, usable, report, metrics, (start, sampled, scored, time.perf_counter()))
+        end = time.perf_counter()
+        seconds = {**sampled.seconds, "update": end - before, "iteration": end - start}
+        self._log_iteration(sampled, usable, metrics, seconds)
         self.iteration += 1
+
+    def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> _Sampled:
+        """Completions with their rewards, which are computed while others are still being generated."""
+        start = time.perf_counter()
+        with self.rewards.in_background() as scoring:
+            trajectories = self.rollout(prompts, self._iteration_sampling(), scoring.add, first_group)
+            generated = time.perf_counter()
+            report = scoring.finish()
+        seconds = {"rollout": generated - start, "rewards": time.perf_counter() - generated}
+        return _Sampled(trajectories, report, seconds)
+
+    def _refilled(self, sampled: _Sampled, batch: Sequence[Prompt]) -> list[Trajectory]:
+        """As many groups of unequal rewards as the batch has prompts: others are sampled until there are.
+
+        What is sampled is added to `sampled`. All ranks together; they may end up with unequal numbers of groups.
+        """
+        gather, ranks, rank = self.strategy.gather_objects, self.trainer.world_size, self.trainer.global_rank
+        groups = wanted = len(batch) * ranks
+        used = set().union(*gather({p.token_ids for p in batch}))
+        source = Refill(self.trainer.train_dataloader.dataset, used, derive_seed(self.seed, self.iteration, 1))  # type: ignore[union-attr]
+        for _ in range(self.sampling_attempts):
+            found = sorted(g for of_rank in gather(informative_groups(sampled.trajectories)) for g in of_rank)
+            prompts = source.take(-(-(wanted - len(found)) // ranks) * ranks)
+            prompts = prompts[: len(prompts) // ranks * ranks]  # all ranks generate together
+            if not prompts:
+                break
+            sampled.add(self._sample(prompts[rank::ranks], groups))
+            groups += len(prompts)
+        found = sorted(g for of_rank in gather(informative_groups(sampled.trajectories)) for g in of_rank)
+        sampled.resampled = groups - wanted
+        if len(found) < wanted:
+            told = (
+                f"iteration {self.iteration + 1}: after {groups} prompts only {len(found)} of {wanted} groups have "
+                "unequal rewards"
+            )
+            if self.short_batch == "error":
+                raise RuntimeError(
+                    f"{told}. Raise sampling_attempts, take other prompts, or train on with short_batch='train'"
+                )
+            log.warning("%s, the batch is short", told)
+        kept = set(found[:wanted])
+        return [t for t in sampled.trajectories if t.group in kept]
 
     def rollout(
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         on_group: Callable[[list[Trajectory]], None] | None = None,
+        first_group: int = 0,
     ) -> list[Trajectory]:
         """Let the engine draw `sampling.n` completions for each prompt; those of one prompt are a group.
 
@@ -231,12 +304,19 @@ class RLHFModule(pl.LightningModule):
             prompts: of this rank.
             sampling: see `SamplingParams`.
             on_group: called with each group as soon as the engine has finished it.
+            first_group: number of the first.
         """
         engine, ranks, rank = self.rollout_engine, self.trainer.world_size, self.trainer.global_rank
-        numbers = [k * ranks + rank for k in range(len(prompts))]
+        numbers = [first_group + k * ranks + rank for k in range(len(prompts))]
         groups: dict[int, list[Trajectory]] = {}
+        ids = [p.token_ids for p in prompts]
+        hot = self.first_token_temperature if self.trainer.training else None
         with engine.awake():
-            for i, completions in engine.stream([p.token_ids for p in prompts], sampling, numbers):
+            for i, completions in (
+                stream_with_hot_start(engine, ids, sampling, numbers, hot)
+                if hot is not None
+                else engine.stream(ids, sampling, numbers)
+            ):
                 groups[i] = [] if prompts[i].filler else self._trajectories(prompts[i], completions, numbers[i])
                 if on_group is not None:
                     on_group(groups[i])
@@ -272,21 +352,26 @@ class RLHFModule(pl.LightningModule):
             self._score(usable)
             token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
         mask = _padded([torch.tensor(t.mask) for t in usable])
-        values = algorithms.advantages(
+        if self.critic_settings is not None:
+            self._fill_values(usable)
+        result = algorithms.advantages(
             self.advantage_estimator,
             rewards,
             group_ids=torch.tensor([t.group for t in usable], dtype=torch.long),
             mask=mask,
+            values=_padded([t.values for t in usable if t.values is not None]) if self.critic_settings else None,
             token_rewards=token_rewards,
             sum_over_ranks=sum_over_ranks,
             **self.advantage_options,
-        ).advantages
+        )
+        values = result.advantages
         if self.advantage_norm:
             values = algorithms.whitened(values, mask.bool(), sum_over_ranks)
         if self.advantage_clip > 0:
             values = values.clamp(-self.advantage_clip, self.advantage_clip)
-        for t, row in zip(usable, values.tolist(), strict=True):
+        for i, (t, row) in enumerate(zip(usable, values.tolist(), strict=True)):
             t.advantages = tuple(row[: len(t.mask)])
+            t.returns = None if result.returns is None else result.returns[i, : len(t.mask)].float()
         return usable
 
     def _shaped_rewards(self, trajectories: Sequence[Trajectory], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
@@ -313,8 +398,10 @@ class RLHFModule(pl.LightningModule):
         self._warn_if_nothing_to_learn(trajectories)
         if self.kl_in == "loss" or not self.kl_coef:
             self._score(trajectories)
-        steps = self._minibatches(trajectories)
-        metrics = mean_over_steps([self._optimizer_step([trajectories[i] for i in chosen]) for chosen in steps])
+        steps = [[trajectories[i] for i in chosen] for chosen in self._minibatches(trajectories)]
+        metrics = mean_over_steps([self._train_on(minibatch) for minibatch in steps])
+        if self.critic_settings is not None:
+            metrics["explained_variance"] = self._explained_variance(trajectories)
         if self.kl_target is not None and "kl" in metrics:
             samples = int(self.strategy.all_reduce(len(trajectories), op="sum"))
             metrics["kl_coef"] = self.kl_coef
@@ -342,17 +429,29 @@ class RLHFModule(pl.LightningModule):
         assert t.old_logprobs is not None and t.reference_logprobs is not None
         return algorithms.kl_penalty(self.kl_estimator, t.old_logprobs, t.reference_logprobs)
 
-    def _optimizer_step(self, minibatch: list[Trajectory]) -> dict[str, float]:
-        """One optimizer step over this rank's `minibatch`, in as many passes as the token budget asks for."""
-        totals, threshold = self._totals(minibatch), self._entropy_threshold(minibatch)
-        # A sample whose advantage is 0 has no gradient unless the KL term gives it one. It still counts in the mean.
+    def _train_on(self, minibatch: list[Trajectory]) -> dict[str, float]:
+        """One optimizer step of the policy and one of the critic over this rank's `minibatch`."""
+        totals = self._totals(minibatch)
+        metrics: dict[str, float] = {}
+        settings = self.critic_settings
+        alone = settings is not None and self.iteration < settings.warmup_iterations
+        if settings is not None and (alone or not settings.share_trunk):
+            metrics |= self._critic_step(minibatch, totals)
+        return metrics if alone else metrics | self._optimizer_step(minibatch, totals)
+
+    def _optimizer_step(self, minibatch: list[Trajectory], totals: algorithms.BatchTotals) -> dict[str, float]:
+        """One optimizer step of the policy, in as many passes as the token budget asks for."""
+        threshold = self._entropy_threshold(minibatch)
+        names = ("actor", "critic") if self._shares_trunk else ("actor",)
+        # A sample whose advantage is 0 has no gradient unless another term gives it one. It still counts in the mean.
         in_loss = self.kl_coef and self.kl_in == "loss"
-        used = [t for t in minibatch if in_loss or any(t.advantages)]
+        used = [t for t in minibatch if in_loss or self._shares_trunk or any(t.advantages)]
         batches = self._pack(used)
         needed = self._most(len(batches))
         passes = []
         for batch in batches:
-            logprobs = completion_logprobs(self.actor, batch, self.sampling.temperature).logprobs  # type: ignore[arg-type]
+            scored = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
+            logprobs = scored.logprobs
             old = [t.old_logprobs for t in used if t.old_logprobs is not None]
             at_sampling = batch.pack_values(old) if old else logprobs.detach()
             sampled = batch.pack_values([t.completion.logprobs for t in used])
@@ -374,20 +473,99 @@ class RLHFModule(pl.LightningModule):
             )
             reference = [t.reference_logprobs for t in used if t.reference_logprobs is not None]
             if reference:
-                kl = algorithms.kl_penalty(self.kl_estimator, logprobs, batch.pack_values(reference))
+                kl = algorithms.kl_penalty(
+                    self.kl_estimator,
+                    logprobs,
+                    batch.pack_values(reference),
+                    unbiased_gradient=self.kl_unbiased_gradient,
+                )
                 shares = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
                 if in_loss:
                     loss = loss + self.kl_coef * (kl * shares).sum()
                 metrics["kl"] = (kl.detach() * shares).sum()
+            if self._shares_trunk:
+                fit = self._value_loss(critic_values(self.critic, batch, scored.hidden), batch, used, totals)
+                loss = loss + self.critic_settings.value_coef * fit.loss  # type: ignore[union-attr]
+                metrics |= {"value_loss": fit.loss.detach(), **fit.metrics}
             metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
             if weights is not None:
                 metrics |= {"weight_mean": weights.mean(), "weight_zero": (weights == 0).double().mean()}
-            self._step(loss, needed)
+            self._step(loss, needed, *names)
             values = {"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}}
             passes.append((logprobs.numel(), values))
         for _ in range(needed - len(batches)):
-            idle = completion_logprobs(self.actor, self._idle_batch(), self.sampling.temperature)  # type: ignore[arg-type]
-            self._step(0 * idle.logprobs.sum(), needed)
+            batch = self._idle_batch()
+            idle = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
+            loss = 0 * idle.logprobs.sum()
+            if self._shares_trunk:
+                loss = loss + 0 * critic_values(self.critic, batch, idle.hidden).sum()
+            self._step(loss, needed, *names)
+        return self._combined(passes)
+
+    def _critic_step(self, minibatch: list[Trajectory], totals: algorithms.BatchTotals) -> dict[str, float]:
+        """One optimizer step of the critic alone; a trunk that it shares stays as it is."""
+        batches, passes = self._pack(minibatch), []
+        needed = self._most(len(batches))
+        for batch in batches:
+            fit = self._value_loss(self._values(batch), batch, minibatch, totals)
+            self._step(fit.loss, needed, "critic")
+            values = {"value_loss": fit.loss.detach(), **fit.metrics}
+            passes.append((batch.num_policy_tokens, {k: float(v) for k, v in values.items()}))
+        for _ in range(needed - len(batches)):
+            self._step(0 * self._values(self._idle_batch()).sum(), needed, "critic")
+        return self._combined(passes)
+
+    def _value_loss(
+        self, values: Tensor, batch: PackedBatch, trajectories: Sequence[Trajectory], totals: algorithms.BatchTotals
+    ) -> algorithms.PolicyLoss:
+        assert self.critic_settings is not None
+        return algorithms.value_loss(
+            values,
+            batch.pack_values([t.values for t in trajectories if t.values is not None]),
+            batch.pack_values([t.returns for t in trajectories if t.returns is not None]),
+            torch.ones_like(values),
+            clip=self.critic_settings.value_clip,
+            aggregation=self.aggregation,
+            sequence=batch.trajectory,
+            totals=totals,
+        )
+
+    def _temperature(self, batch: PackedBatch) -> float | Tensor:
+        """What the policy tokens of `batch` were drawn at."""
+        if self.first_token_temperature is None:
+            return self.sampling.temperature
+        return torch.where(batch.position == 0, self.first_token_temperature, self.sampling.temperature)
+
+    def _values(self, batch: PackedBatch) -> Tensor:
+        """``[N]`` what the critic says; no gradient goes into a trunk that it shares."""
+        hidden = None
+        if self._shares_trunk:
+            with torch.no_grad():
+                hidden = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=True).hidden  # type: ignore[arg-type]
+        return critic_values(self.critic, batch, hidden)
+
+    @torch.no_grad()
+    def _fill_values(self, trajectories: list[Trajectory]) -> None:
+        batches = self._pack(trajectories)
+        company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
+        values = [self._values(batch) for batch in [*batches, *company]][: len(batches)]
+        for t, row in zip(trajectories, unpack(batches, values, trajectories), strict=True):
+            t.values = row.cpu()
+
+    def _explained_variance(self, trajectories: Sequence[Trajectory]) -> float:
+        """Share of the returns' variance over the tokens of all ranks that the values before the update explain."""
+        rows = [(t.returns, t.returns - t.values, torch.tensor(t.mask)) for t in trajectories if t.returns is not None]  # type: ignore[operator]
+        total, rest = (
+            global_moments(
+                torch.cat([torch.zeros(0), *(row[k] for row in rows)]),
+                torch.cat([torch.zeros(0, dtype=torch.bool), *(row[2] for row in rows)]),
+                partial(self.strategy.all_reduce, op="sum"),
+            )[1]
+            for k in (0, 1)
+        )
+        return 1 - float(rest / total) ** 2 if total else float("nan")
+
+    def _combined(self, passes: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
         return combine_passes([p for rank in self.strategy.gather_objects(passes) for p in rank])
 
     def _entropy_threshold(self, minibatch: Sequence[Trajectory]) -> float | None:
@@ -405,12 +583,28 @@ class RLHFModule(pl.LightningModule):
             self.correction, trainer_logprobs, engine_logprobs, sequence=sequence, **self.correction_options
         )
 
-    def _step(self, loss: Tensor, passes: int) -> None:
-        """Back-propagate; the strategy steps at the last of `passes`. `loss` is a share of the sum, not a mean."""
-        strategy, scheduler = self.strategy, self.lr_schedulers()
-        optimizer: Any = self.optimizers()
-        strategy.backward(loss * passes * strategy.world_size, self.actor, optimizer, accumulation_steps=passes)
-        strategy.optimizer_step(optimizer, self.actor, scheduler, "actor", accumulation_steps=passes)
+    def _step(self, loss: Tensor, passes: int, *names: str) -> None:
+        """Back-propagate through the models `names`; the strategy steps them at the last of `passes`.
+
+        `loss` is a share of the sum over all passes and ranks, not a mean.
+        """
+        strategy = self.strategy
+        (model, optimizer), *further = ((getattr(self, name), self._optimizer_of(name)) for name in names)
+        share = loss * passes * strategy.world_size
+        strategy.backward(share, model, optimizer, accumulation_steps=passes, further=further)
+        for name in names:
+            optimizer = self._optimizer_of(name)
+            scheduler = self._scheduler_of(optimizer)
+            strategy.optimizer_step(optimizer, getattr(self, name), scheduler, name, accumulation_steps=passes)
+
+    def _optimizer_of(self, name: str) -> Any:
+        # Lightning's wrapper counts the Trainer's steps, which are the policy's.
+        return self.strategy._lightning_optimizers[0] if name == "actor" else self.trainer.optimizers[1]
+
+    def _scheduler_of(self, optimizer: Any) -> Any:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return next((s for s in schedulers if s.optimizer is raw), None)
 
     # ---------------------------------------------------------------- parts of the update
 
@@ -461,7 +655,7 @@ class RLHFModule(pl.LightningModule):
         batches = self._pack(trajectories)
         company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
         scored = [
-            completion_logprobs(policy, batch, self.sampling.temperature, entropy=entropy)
+            completion_logprobs(policy, batch, self._temperature(batch), entropy=entropy)
             for batch in [*batches, *company]
         ][: len(batches)]
         entropies = [s.entropy for s in scored if s.entropy is not None]
@@ -536,7 +730,7 @@ class RLHFModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         check_strategy(self)
         if stage == "fit" and self.algorithm is not None:
-            settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in algorithms.PRESET_SETTINGS)
+            settings = ", ".join(f"{name}={value!r}" for name, value in self._chosen.items())
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
@@ -552,15 +746,19 @@ class RLHFModule(pl.LightningModule):
             alone = self._trainer is None
             with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
                 self.actor = load_model(self._source).train()
+        if self.critic_settings is not None and self.critic is None:
+            self.critic = new_critic(self.critic_settings, self._source, self.actor)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
 
     @override
     def configure_optimizers(self) -> Any:
-        assert self.actor is not None
-        optimizer = self.strategy.create_optimizer(self.actor, lr=self.lr, weight_decay=self.weight_decay)
-        steps = self.epochs_per_rollout * self.steps_per_epoch
-        return with_lr_schedule(self.trainer, optimizer, self.lr_schedule, self.warmup_ratio, steps)
+        settings, steps = self.critic_settings, self.epochs_per_rollout * self.steps_per_epoch
+        alone = 0 if settings is None else settings.warmup_iterations
+        trained = [with_lr_schedule(self, self.actor, self, steps, alone)]
+        if settings is not None:
+            trained.append(with_lr_schedule(self, self.critic, settings, steps))
+        return trained
 
     @override
     def on_fit_start(self) -> None:
@@ -621,13 +819,15 @@ class RLHFModule(pl.LightningModule):
         Raises:
             ValueError: a field asks for something that this release does not have.
         """
+        critic = () if config.advantage_estimator == "gae" else ("critic_pretrain", "critic_learning_rate")
         refused = (
-            "critic_pretrain", "critic_learning_rate", "remote_rm_url", "pretrain_data", "mixed_mm_data",
-            "micro_rollout_batch_size", "dynamic_sampling", "plot_every", "use_tensorboard",
+            *critic, "remote_rm_url", "pretrain_data", "mixed_mm_data",
+            "micro_rollout_batch_size", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
             if getattr(config, name) != type(config).__dataclass_fields__[name].default:
-                raise ValueError(f"{name}={getattr(config, name)!r}: RLHFModule does not have this yet, leave it out")
+                why = "only advantage_estimator='gae' has a critic" if name in critic else "not there yet"
+                raise ValueError(f"{name}={getattr(config, name)!r}: {why}, leave it out")
         if config.use_kl_loss and not settings.get("kl_coef"):
             raise ValueError("use_kl_loss=True needs kl_coef=<weight of the penalty>")
         sampling = _as_sampling(settings.pop("sampling", SamplingParams()))
@@ -635,6 +835,7 @@ class RLHFModule(pl.LightningModule):
             "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
             "advantage_estimator": config.advantage_estimator,
             "kl_estimator": config.kl_estimator,
+            "dynamic_sampling": config.dynamic_sampling or None,
             "overlong_buffer": config.overlong_buffer_len if config.overlong_buffer else 0,
             "overlong_factor": config.overlong_buffer_penalty_factor,
             "reward_norm": _reward_norm(config),
@@ -646,6 +847,8 @@ class RLHFModule(pl.LightningModule):
             "warmup_ratio": config.lr_warmup_ratio,
             "seed": config.seed,
         }
+        if config.advantage_estimator == "gae":
+            values["critic"] = Critic(model=config.critic_pretrain, lr=config.critic_learning_rate)
         return cls(model, rewards, **{**values, **settings})
 
     def _check_settings(self) -> None:
@@ -661,6 +864,7 @@ class RLHFModule(pl.LightningModule):
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("kl_in", self.kl_in, KL_PLACES),
             ("reward_norm", self.reward_norm, REWARD_NORMS),
+            ("short_batch", self.short_batch, SHORT_BATCHES),
         ):
             if name not in valid:
                 raise ValueError(unknown_name(kind, name, valid))
@@ -675,13 +879,26 @@ class RLHFModule(pl.LightningModule):
             raise ValueError(f"correction_options={self.correction_options!r} without a correction")
         estimator = algorithms.ADVANTAGES[self.advantage_estimator]
         algorithms.check_options("advantage estimator", self.advantage_estimator, estimator, self.advantage_options)
-        if self.advantage_estimator == "gae":
-            raise ValueError("advantage_estimator='gae' needs a critic, which RLHFModule does not have yet")
+        takes_values = getattr(estimator, "needs_critic", False)
+        if takes_values and self.critic_settings is None:
+            raise ValueError(
+                f"advantage_estimator={self.advantage_estimator!r} needs a critic: set critic={{'lr': 1e-5}}"
+            )
+        if self.critic_settings is not None and not takes_values:
+            raise ValueError(
+                f"critic={self.critic_settings} with advantage_estimator={self.advantage_estimator!r}, which takes no "
+                "values: leave it out, or use advantage_estimator='gae'"
+            )
+        if self.kl_unbiased_gradient and not (self.kl_coef and self.kl_in == "loss"):
+            raise ValueError("kl_unbiased_gradient=True is about a penalty in the loss: set kl_coef and kl_in='loss'")
+        first = self.first_token_temperature
         checks = {
+            "first_token_temperature": (first is None or first > 0, "above 0, or None"),
             "high_entropy_share": (0 < self.high_entropy_share <= 1, "above 0 and at most 1 (all tokens)"),
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
             "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
+            "sampling_attempts": (self.sampling_attempts >= 1, "at least 1"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
             "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
             "lr": (self.lr >= 0, "0 or more"),
@@ -706,13 +923,28 @@ class RLHFModule(pl.LightningModule):
         if sum(divisors.values()) > 1:
             twice = " and ".join(name for name, divides in divisors.items() if divides)
             raise ValueError(f"{twice} would normalise more than once: keep one of them")
+        if self.advantage_estimator == "dr_grpo" and any(divisors.values()):
+            given = next(name for name, divides in divisors.items() if divides)
+            raise ValueError(
+                f"advantage_estimator='dr_grpo' with {given}: it is group_norm without the division, which this would "
+                "bring back; leave it out, or use 'group_norm'"
+            )
         if self.overlong_buffer:
             nothing = torch.zeros(0)
             limit = self.sampling.max_new_tokens
             algorithms.overlong_penalty(nothing, limit, self.overlong_buffer, self.overlong_factor)
+        if self.dynamic_sampling and not self._compares_groups:
+            raise ValueError(
+                f"dynamic_sampling=True with advantage_estimator={self.advantage_estimator!r}, which does not compare "
+                "the completions of a prompt: it learns from equal rewards too"
+            )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()
+
+    @property
+    def _shares_trunk(self) -> bool:
+        return self.critic_settings is not None and self.critic_settings.share_trunk
 
     @property
     def _compares_groups(self) -> bool:
@@ -727,6 +959,11 @@ class RLHFModule(pl.LightningModule):
             )
         if s.temperature == 0:
             raise ValueError("sampling.temperature=0 (greedy) draws the same completion every time: set it above 0")
+        if s.stop and self.first_token_temperature is not None:
+            raise ValueError(
+                f"sampling.stop={s.stop} with first_token_temperature={self.first_token_temperature}: a stop string "
+                "that begins with the first token, which is sampled by itself, would be missed; leave one of them out"
+            )
         if s.top_p < 1 or s.top_k > 0:
             raise ValueError(
                 f"sampling.top_p={s.top_p}, top_k={s.top_k}: the engine would sample from another distribution than "
@@ -740,14 +977,15 @@ class RLHFModule(pl.LightningModule):
             "val_sampling": dataclasses.asdict(self.val_sampling),
             "model": str(model) if isinstance(model, PathLike) else model if isinstance(model, str | Mapping) else None,
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
+            "critic": self.critic_settings and self.critic_settings.plain(),
         }
         names = (
-            "algorithm", "advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "correction",
-            "correction_options", "aggregation", "high_entropy_share", "kl_coef", "kl_estimator", "kl_in", "kl_target",
-            "kl_horizon",
-            "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip", "advantage_norm", "advantage_clip",
-            "lr", "weight_decay", "lr_schedule", "warmup_ratio", "epochs_per_rollout", "steps_per_epoch",
-            "token_budget", "share_prompts", "seed",
+            "first_token_temperature", "algorithm", "advantage_estimator", "advantage_options", "policy_loss",
+            "policy_loss_options", "correction", "correction_options", "aggregation", "high_entropy_share", "kl_coef",
+            "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
+            "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
+            "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
@@ -762,17 +1000,15 @@ class RLHFModule(pl.LightningModule):
 
     def _log_iteration(
         self,
-        trajectories: Sequence[Trajectory],
+        sampled: _Sampled,
         usable: Sequence[Trajectory],
-        report: RewardReport,
         update: Mapping[str, float],
-        times: tuple[float, float, float, float],
+        seconds: Mapping[str, float],
     ) -> None:
-        start, sampled, scored, end = times
-        samples = self._gather_samples(trajectories)
+        samples = self._gather_samples(sampled.trajectories)
         tokens = sum(s.length for s in samples)
         counts = {
-            "failed_rewards": report.failed,
+            "failed_rewards": sampled.report.failed,
             "groups_with_signal": len({t.group for t in usable if any(t.advantages)}),
         }
         train = {
@@ -782,19 +1018,33 @@ class RLHFModule(pl.LightningModule):
             "policy_version": float(self.rollout_engine.version),
             "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
+        if self.dynamic_sampling:
+            train["resampled_groups"] = float(sampled.resampled)
         if self.reward_norm != "none":
             moments = self.reward_moments
             train |= {"reward_running_mean": moments.mean, "reward_running_std": moments.std}
-        if update:
-            train["grad_norm"] = self.strategy.grad_norms["actor"]
-        timing = {
-            "rollout": sampled - start,
-            "rewards": scored - sampled,
-            "update": end - scored,
-            "tokens_per_second": tokens / (end - start),
-        }
+        norms = self.strategy.grad_norms if update else {}
+        named = {"actor": "grad_norm", "critic": "critic_grad_norm"}
+        train |= {named[model]: norm for model, norm in norms.items()}
+        iteration = seconds["iteration"]
+        timing = {k: v for k, v in seconds.items() if k != "iteration"} | {"tokens_per_second": tokens / iteration}
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
+
+
+@dataclasses.dataclass
+class _Sampled:
+    """What one iteration has sampled: completions with rewards, what became of these, and how long it took."""
+
+    trajectories: list[Trajectory]
+    report: RewardReport
+    seconds: dict[str, float]
+    resampled: int = 0
+
+    def add(self, other: _Sampled) -> None:
+        self.trajectories = self.trajectories + other.trajectories
+        self.report = self.report + other.report
+        self.seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
 
 
 def _reward_norm(config: StrategyConfig) -> str:

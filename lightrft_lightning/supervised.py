@@ -266,8 +266,7 @@ class SupervisedModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.strategy.create_optimizer(self.model, lr=self.lr, weight_decay=self.weight_decay)
-        return with_lr_schedule(self.trainer, optimizer, self.lr_schedule, self.warmup_ratio)
+        return with_lr_schedule(self, self.model, self)
 
     @override
     def on_fit_start(self) -> None:

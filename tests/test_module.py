@@ -15,10 +15,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from training import Record, StopAt, assert_same, even_digits, make_data, make_module, make_trainer, weights_of
 
 from lightrft_lightning import (
     CheckpointError,
-    PromptDataModule,
     RLHFModule,
     SamplingParams,
     StrategyConfig,
@@ -27,68 +27,6 @@ from lightrft_lightning import (
 )
 from lightrft_lightning.algorithms import PRESETS
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
-
-PROMPTS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
-
-
-def even_digits(completion: str) -> float:
-    """Rewards that differ within nearly every group, so that every iteration has a gradient."""
-    return sum(c in "02468" for c in completion) - 0.1 * len(completion)
-
-
-def make_module(**settings):
-    dropout = settings.pop("dropout", 0.0)
-    model = settings.pop("model", None) or tiny_llama(seed=settings.pop("model_seed", 0), width=32, layers=2)
-    model.config.attention_dropout = dropout
-    defaults = {
-        "rewards": even_digits,
-        "tokenizer": char_tokenizer("0123456789+= "),
-        "sampling": SamplingParams(n=4, max_new_tokens=6),
-        "lr": 1e-3,
-        "seed": 3,
-    }
-    return RLHFModule(model, **{**defaults, **settings})
-
-
-def make_trainer(path: Path, **settings):
-    callbacks = [TransformersRollout(), *settings.pop("callbacks", [])]
-    defaults = {
-        "strategy": "lightrft_fake",
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": path,
-        "log_every_n_steps": 1,
-    }
-    return pl.Trainer(callbacks=callbacks, **{**defaults, **settings})
-
-
-def make_data(**settings):
-    return PromptDataModule(**{"train": PROMPTS, "val": PROMPTS[:4], "batch_size": 4, "seed": 1, **settings})
-
-
-def weights_of(module):
-    return {name: p.detach().clone() for name, p in module.actor.named_parameters()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-class Record(pl.Callback):
-    """Remembers what every iteration logged and sampled."""
-
-    def __init__(self):
-        self.metrics, self.tokens = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        self.metrics.append({k: float(v) for k, v in trainer.logged_metrics.items()})
-        self.tokens.append([t.completion.token_ids for t in pl_module.last_trajectories])
 
 
 def test_one_epoch_trains_and_logs(tmp_path):
@@ -122,14 +60,6 @@ def test_reward_rises(tmp_path):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
 
 
-class StopAt(pl.Callback):
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        trainer.should_stop = pl_module.iteration == self.iteration
-
-
 def fit(path, module, max_epochs, ckpt_path=None, stop=None):
     record = Record()
     checkpoint = ModelCheckpoint(path, save_last=True, save_top_k=0, every_n_train_steps=1)
@@ -138,10 +68,25 @@ def fit(path, module, max_epochs, ckpt_path=None, stop=None):
     return record, trainer
 
 
-@pytest.mark.parametrize("stop", [3, 4, 6], ids=["mid-epoch", "epoch-end", "second-epoch"])
-def test_resume_is_bit_for_bit(tmp_path, stop):
+def sometimes(completion: str, prompt: str) -> float:
+    """Equal within most groups."""
+    return float("2" in completion) if prompt[0] == "3" else 1.0
+
+
+@pytest.mark.parametrize(
+    ("stop", "algorithm"),
+    [(3, {}), (4, {}), (6, {}), (3, {"dynamic_sampling": True, "rewards": sometimes})],
+    ids=["mid-epoch", "epoch-end", "second-epoch", "resampling"],
+)
+def test_resume_is_bit_for_bit(tmp_path, stop, algorithm):
     """Weights, moments, schedule, random state (dropout), data order and engine version all come back."""
-    settings = {"dropout": 0.2, "lr_schedule": "cosine", "warmup_ratio": 0.2, "steps_per_epoch": 2, "kl_coef": 0.01}
+    settings = algorithm | {
+        "dropout": 0.2,
+        "lr_schedule": "cosine",
+        "warmup_ratio": 0.2,
+        "steps_per_epoch": 2,
+        "kl_coef": 0.01,
+    }
     straight = make_module(**settings)
     whole, trainer = fit(tmp_path / "a", straight, 2)
     torch.manual_seed(99)
@@ -272,7 +217,7 @@ def test_the_kl_coefficient_follows_its_target_and_is_resumed(tmp_path):
 def test_rewards_are_shaped_step_by_step(tmp_path):
     """Penalty, running moments and clip, in this order; resumed with the moments."""
     settings = {
-        "advantage_estimator": "dr_grpo", "overlong_buffer": 4, "overlong_factor": 2.0, "reward_norm": "full",
+        "advantage_estimator": "rloo", "overlong_buffer": 4, "overlong_factor": 2.0, "reward_norm": "full",
         "reward_clip": 1.0,
     }  # fmt: skip
 
@@ -295,7 +240,7 @@ def test_rewards_are_shaped_step_by_step(tmp_path):
     for k in range(0, 16, 4):
         mean = sum(before[k : k + 4]) / 4
         for t, value in zip(record.trajectories[k : k + 4], before[k : k + 4], strict=True):
-            assert t.advantages == pytest.approx((value - mean,) * len(t.mask), abs=1e-9)
+            assert t.advantages == pytest.approx((4 / 3 * (value - mean),) * len(t.mask), abs=1e-9)
     assert record.metrics[-1]["train/reward_running_std"] == pytest.approx(seen.std)
     resumed = make_module(**settings)
     make_trainer(tmp_path, limit_val_batches=0).fit(resumed, make_data(), ckpt_path=tmp_path / "step=2.ckpt")
@@ -308,6 +253,65 @@ def test_advantages_of_the_global_batch_are_normalised(tmp_path):
     values = torch.tensor([a for t in module.last_trajectories for a in t.advantages])
     assert values.mean().item() == pytest.approx(0, abs=1e-6)
     assert values.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_groups_without_a_difference_are_replaced(tmp_path):
+    module, record = make_module(rewards=sometimes, dynamic_sampling=True, lr=3e-3), Record()
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0).fit(
+        module, make_data(batch_size=2)
+    )
+    groups = {}
+    for t in module.last_trajectories:
+        groups.setdefault(t.group, []).append(t)
+    learnt = {g for g, members in groups.items() if any(any(t.advantages) for t in members)}
+    metrics = record.metrics[0]
+    assert len(learnt) == 2 == metrics["train/groups_with_signal"]
+    assert metrics["train/resampled_groups"] == len(groups) - 2 > 0
+    assert {members[0].prompt.text[0] for g, members in groups.items() if g in learnt} == {"3"}
+    prompts = [members[0].prompt.token_ids for members in groups.values()]
+    assert len(set(prompts)) == len(prompts)
+    assert metrics["train/reward"] == pytest.approx(
+        sum(t.reward for t in module.last_trajectories) / len(module.last_trajectories)
+    )
+
+
+def test_a_batch_that_cannot_be_filled(tmp_path, caplog):
+    def always(completion: str) -> float:
+        return 1.0
+
+    def one_prompt(completion: str, prompt: str) -> float:
+        return even_digits(completion) if prompt == "3+3=" else 1.0
+
+    def fit(rewards, **settings):
+        module, record = make_module(rewards=rewards, dynamic_sampling=True, **settings), Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=1, limit_val_batches=0)
+        trainer.fit(module, make_data(batch_size=4))
+        return record.metrics[0]
+
+    with pytest.raises(RuntimeError, match="after 16 prompts only 0 of 4 groups have unequal rewards"):
+        fit(always, short_batch="error")
+    with caplog.at_level(logging.WARNING):
+        assert fit(one_prompt)["train/groups_with_signal"] == 1
+    assert "after 16 prompts only 1 of 4 groups have unequal rewards, the batch is short" in caplog.text
+    assert fit(always, sampling_attempts=1)["train/resampled_groups"] == 4
+
+
+def test_the_first_token_may_be_hotter(tmp_path):
+    """More variety there and nowhere else; the trainer computes the distribution that it was drawn from."""
+    cold, hot = [], []
+    for temperature, firsts in ((None, cold), (30.0, hot)):
+        module, record = make_module(first_token_temperature=temperature, sampling=SamplingParams(32, 5, 0.2)), Record()
+        trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0)
+        trainer.fit(module, make_data())
+        assert all(m["train/mismatch_max"] < 1e-4 for m in record.metrics)
+        firsts += [len({ids[0] for ids in record.tokens[0][k : k + 32]}) for k in range(0, 128, 32)]
+        assert {len(ids) for ids in record.tokens[0]} <= set(range(1, 6))
+        assert all(t.completion.finish_reason != "length" or len(t.mask) == 5 for t in module.last_trajectories)
+        if temperature:  # the distribution at this temperature is nearly uniform over 16 tokens
+            logprobs = [t.completion.logprobs for t in module.last_trajectories]
+            assert all(abs(p[0] + math.log(16)) < 0.2 for p in logprobs)
+            assert any(abs(p[1] + math.log(16)) > 1.0 for p in logprobs if len(p) > 1)
+    assert min(hot) > max(cold)
 
 
 def test_a_correction_weighs_what_the_engine_drew_from_another_policy(tmp_path):
@@ -512,6 +516,19 @@ def test_load_from_checkpoint(tmp_path):
         ({"reward_norm": "scal"}, "unknown reward_norm 'scal'. Did you mean 'scale'"),
         ({"advantage_norm": True}, "advantage_estimator='group_norm' and advantage_norm=True would normalise more"),
         ({"algorithm": "reinforce", "reward_norm": "full", "advantage_norm": True}, "would normalise more than once"),
+        (
+            {"algorithm": "dr_grpo", "advantage_norm": True},
+            "advantage_norm=True: it is group_norm without the division",
+        ),
+        ({"algorithm": "dr_grpo", "reward_norm": "scale"}, "reward_norm='scale': it is group_norm without"),
+        ({"algorithm": "reinforce", "dynamic_sampling": True}, "which does not compare the completions of a prompt"),
+        ({"short_batch": "warn"}, "unknown short_batch 'warn'"),
+        ({"sampling_attempts": 0}, "sampling_attempts=0.*at least 1"),
+        ({"first_token_temperature": 0.0}, "first_token_temperature=0.0.*above 0"),
+        (
+            {"first_token_temperature": 9.0, "sampling": {"n": 2, "stop": "x"}},
+            "a stop string that begins with the first",
+        ),
         ({"kl_target": 0.1}, "kl_target=0.1 needs a kl_coef above 0"),
         ({"kl_target": 0.0, "kl_coef": 0.1}, "kl_target=0.0.*above 0"),
     ],
@@ -580,9 +597,7 @@ def test_failed_rewards_may_get_a_fixed_value(tmp_path):
     assert {t.reward for t in module.last_trajectories} == {-2.0}
 
 
-@pytest.mark.parametrize(
-    "field", [{"dynamic_sampling": True}, {"critic_pretrain": "x"}, {"remote_rm_url": "x"}, {"plot_every": 5}]
-)
+@pytest.mark.parametrize("field", [{"remote_rm_url": "x"}, {"plot_every": 5}])
 def test_from_config_refuses_what_it_cannot_do(field):
-    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*does not have this yet"):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not there yet"):
         RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)

@@ -7,6 +7,7 @@ from lightrft_lightning.algorithms.advantages import (
     Advantages,
     advantages,
     compares_groups,
+    needs_critic,
     normalises,
 )
 from lightrft_lightning.algorithms.corrections import CORRECTIONS, importance_weights, mismatch_metrics
@@ -21,6 +22,7 @@ from lightrft_lightning.algorithms.losses import (
     aggregation_weights,
     policy_loss,
     summarize,
+    value_loss,
 )
 from lightrft_lightning.algorithms.presets import PRESET_SETTINGS, PRESETS, resolve
 from lightrft_lightning.algorithms.shaping import RunningMoments, entropy_threshold, overlong_penalty, whitened
@@ -49,10 +51,12 @@ __all__ = [
     "importance_weights",
     "kl_penalty",
     "mismatch_metrics",
+    "needs_critic",
     "normalises",
     "overlong_penalty",
     "policy_loss",
     "resolve",
     "summarize",
+    "value_loss",
     "whitened",
 ]

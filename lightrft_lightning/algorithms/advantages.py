@@ -73,6 +73,12 @@ def normalises(estimator: AdvantageEstimator) -> AdvantageEstimator:
     return estimator
 
 
+def needs_critic(estimator: AdvantageEstimator) -> AdvantageEstimator:
+    """Mark an estimator that takes the values of a critic and returns what it is fitted to."""
+    estimator.needs_critic = True  # type: ignore[attr-defined]
+    return estimator
+
+
 # -------------------------------------------------------------------- by comparison within a group
 
 
@@ -199,6 +205,7 @@ def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0, eps: flo
 
 
 @ADVANTAGES.register("gae")
+@needs_critic
 def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lam: float = 1.0) -> Advantages:
     """Generalised advantage estimation with a critic (arXiv 1506.02438), not normalised; returns are A + V.
 

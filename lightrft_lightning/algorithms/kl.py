@@ -55,13 +55,16 @@ def adapted_kl_coef(coef: float, kl: float, target: float, samples: int, horizon
     return coef * (1 + error * samples / horizon)
 
 
-def kl_penalty(name: str, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+def kl_penalty(name: str, log_probs: Tensor, ref_log_probs: Tensor, *, unbiased_gradient: bool = False) -> Tensor:
     """Estimated KL(pi || pi_ref) at each token.
 
     Args:
         name: ``k1``, ``k2``, ``k3`` or one registered in `KL_ESTIMATORS`.
         log_probs: of the sampled tokens under the policy, any shape.
         ref_log_probs: the same under the reference.
+        unbiased_gradient: the value is that of the estimator, the gradient that of `k2`. As a loss on tokens of the
+            policy itself only `k2` has the gradient of the KL on average; that of `k1` is 0, that of `k3` is that of
+            KL(pi_ref || pi) (arXiv 2512.21852, 2506.09477).
 
     Returns:
         In the shape of `log_probs`, in nats, differentiable in `log_probs`.
@@ -71,4 +74,9 @@ def kl_penalty(name: str, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """
     if log_probs.shape != ref_log_probs.shape:
         raise ValueError(f"log_probs {tuple(log_probs.shape)} and ref_log_probs {tuple(ref_log_probs.shape)} differ")
-    return KL_ESTIMATORS[name](log_probs - ref_log_probs)
+    log_ratio = log_probs - ref_log_probs
+    value = KL_ESTIMATORS[name](log_ratio)
+    if not unbiased_gradient:
+        return value
+    slope = k2(log_ratio)
+    return value.detach() + slope - slope.detach()

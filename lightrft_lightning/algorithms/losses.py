@@ -75,7 +75,7 @@ class BatchTotals:
 
 
 class PolicyLoss(NamedTuple):
-    """A loss to minimise (scalar) and its metrics (scalars without gradient; none if there is no token)."""
+    """Of a policy or a critic: what to minimise (scalar), and metrics (scalars without gradient, none of no token)."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -349,10 +349,10 @@ def policy_loss(
     if advantages.dim() == 1 and log_probs.dim() == 2:
         advantages = advantages[:, None].expand(-1, log_probs.shape[1])
     _check_shapes(log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
-    if sequence is None:
-        rows = torch.arange(log_probs.shape[0] if log_probs.dim() == 2 else 1, device=log_probs.device)
-        sequence = rows[:, None].expand_as(log_probs) if log_probs.dim() == 2 else rows.expand_as(log_probs)
-    _check_shapes(log_probs, sequence=sequence, **({} if weights is None else {"weights": weights}))
+    sequence = _rows(log_probs) if sequence is None else sequence
+    _check_shapes(log_probs, sequence=sequence)
+    if weights is not None:
+        _check_shapes(log_probs, weights=weights)
     keep = mask.bool()
     tokens = PolicyTokens(log_probs[keep], old_log_probs[keep], advantages[keep], sequence[keep])
     if totals is None:
@@ -363,7 +363,60 @@ def policy_loss(
     return PolicyLoss(-(shares * value).sum(), summarize(result.metrics))
 
 
-def _check_shapes(log_probs: Tensor, **others: Tensor) -> None:
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
+    aggregation: str = "token_mean",
+    sequence: Tensor | None = None,
+    totals: BatchTotals | None = None,
+    max_length: int | None = None,
+) -> PolicyLoss:
+    """A critic's loss, ``max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / 2`` (PPO's reference implementation).
+
+    The clip is as in https://github.com/openai/baselines, ppo2; the paper (arXiv 1707.06347) has the square alone.
+
+    Args:
+        values: ``[B, T]``, or ``[N]`` flat, with gradient.
+        old_values: the same shape, before the update.
+        returns: the same shape, what the values are fitted to.
+        mask: the same shape, true at policy tokens; other entries have no influence, NaN included.
+        clip: how far a value may move away from `old_values` before its gradient ends; None: any distance.
+        aggregation: as for `policy_loss`, like `sequence`, `totals` and `max_length`.
+        sequence: which sequence a flat entry belongs to.
+        totals: sizes of the whole optimizer step.
+        max_length: the length limit of a completion.
+
+    Raises:
+        ValueError: `clip` is not above 0, an unknown aggregation, or shapes that do not fit.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"value_loss(clip={clip!r}): must be above 0, or None to switch it off")
+    sequence = _rows(values) if sequence is None else sequence
+    _check_shapes(values, "values", old_values=old_values, returns=returns, mask=mask, sequence=sequence)
+    keep = mask.bool()
+    value, old, target = values[keep], old_values[keep].detach(), returns[keep].detach()
+    if totals is None:
+        totals = BatchTotals(int(keep.sum()), sequence.unique().numel(), max_length)
+    error = (value - target).square()
+    kept = error
+    if clip is not None:
+        kept = torch.maximum(error, ((old + (value - old).clamp(-clip, clip)) - target).square())
+    shares = aggregation_weights(aggregation, sequence[keep], totals)
+    metrics = {"value_clip_fraction": (kept != error).to(value.dtype), "value_mean": value.detach()}
+    return PolicyLoss((shares * kept).sum() / 2, summarize(metrics))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Which sequence an entry belongs to: the rows of ``[B, T]`` are sequences, ``[N]`` is a single one."""
+    rows = torch.arange(values.shape[0] if values.dim() == 2 else 1, device=values.device)
+    return rows[:, None].expand_as(values) if values.dim() == 2 else rows.expand_as(values)
+
+
+def _check_shapes(first: Tensor, name_of_first: str = "log_probs", **others: Tensor) -> None:
     for name, tensor in others.items():
-        if tensor.shape != log_probs.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, log_probs {tuple(log_probs.shape)}")
+        if tensor.shape != first.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {name_of_first} {tuple(first.shape)}")

@@ -19,6 +19,9 @@ PRESET_SETTINGS: dict[str, Any] = {
     "kl_coef": 0.0,
     "kl_estimator": "k3",
     "kl_in": "loss",
+    "advantage_norm": False,
+    "critic": None,
+    "dynamic_sampling": False,
 }
 """What a preset may set, and what holds without one."""
 
@@ -26,8 +29,14 @@ _GROUP = {"advantage_estimator": "group_norm"}
 _PUBLISHED: dict[str, dict[str, Any]] = {
     # arXiv 2402.03300: mean over the tokens of each completion, and a KL penalty in the loss
     "grpo": {**_GROUP, "policy_loss": "ppo", "aggregation": "sequence_mean", "kl_coef": 0.04},
-    # arXiv 2503.14476: clip-higher, every token the same weight, no KL penalty
-    "dapo": {**_GROUP, "policy_loss": "ppo", "policy_loss_options": {"clip_high": 0.28}, "aggregation": "token_mean"},
+    # arXiv 2503.14476: clip-higher, every token the same weight, dynamic sampling, no KL penalty
+    "dapo": {
+        **_GROUP,
+        "policy_loss": "ppo",
+        "policy_loss_options": {"clip_high": 0.28},
+        "aggregation": "token_mean",
+        "dynamic_sampling": True,
+    },
     # arXiv 2503.20783: neither the length nor the spread of a group is divided by
     "dr_grpo": {"advantage_estimator": "dr_grpo", "policy_loss": "ppo", "aggregation": "sequence_sum_constant"},
     # arXiv 2507.18071
@@ -56,6 +65,14 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
         "policy_loss": "ppo",
         "kl_coef": 1e-3,
         "kl_estimator": "k2",
+    },
+    # arXiv 1707.06347 with 1506.02438; the values of lambda and of the clips are those of 2203.02155 and 1909.08593
+    "ppo": {
+        "advantage_estimator": "gae",
+        "advantage_options": {"gamma": 1.0, "lam": 0.95},
+        "policy_loss": "ppo",
+        "advantage_norm": True,
+        "critic": {},
     },
     # Williams, 1992
     "reinforce": {

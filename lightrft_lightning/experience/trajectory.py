@@ -107,6 +107,8 @@ class Trajectory:
         old_logprobs: ``[T]`` the trainer's log-probabilities of the completion before the update, if it needs them.
         reference_logprobs: ``[T]`` the same under the reference policy.
         entropies: ``[T]`` of the trainer's distributions, in nats, before the update, if it needs them.
+        values: ``[T]`` of the critic before the update, if there is one.
+        returns: ``[T]`` what the critic is fitted to.
         advantages: one value a completion token, filled in by the advantage estimator.
     """
 
@@ -121,6 +123,8 @@ class Trajectory:
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     entropies: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
     advantages: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

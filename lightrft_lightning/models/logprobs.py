@@ -27,20 +27,23 @@ class LogProbs(NamedTuple):
         logprobs: ``[N]`` log-probability of each token.
         entropy: ``[N]`` entropy (nats) of the distribution it was drawn from, without gradient; None if not asked for.
         greedy: ``[N]`` bool, whether it is the most likely token; None if not asked for.
+        hidden: ``[N, H]`` the backbone's output that the distribution was computed from; None if not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
-    greedy: Tensor | None = None
+    greedy: Tensor | None
+    hidden: Tensor | None
 
 
 def completion_logprobs(
     model: nn.Module,
     batch: PackedBatch,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     chunk_size: int = 512,
     entropy: bool = False,
     greedy: bool = False,
+    hidden: bool = False,
 ) -> LogProbs:
     """Log-probabilities of a batch's policy tokens under `model`.
 
@@ -55,18 +58,20 @@ def completion_logprobs(
     Args:
         model: a Hugging Face causal language model, or a wrapper that contains one.
         batch: from `pack`, on the model's device.
-        temperature: the sampling temperature; logits are divided by it.
+        temperature: the sampling temperature, of all tokens or ``[N]`` of each; logits are divided by it.
         chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
             size.
         entropy: also compute the entropy of each distribution.
         greedy: also say of each token whether it is the most likely one.
+        hidden: also return the hidden states, with gradient, for a head of the caller's.
 
     Raises:
         ValueError: `temperature` or `chunk_size` is not positive, or prompts are shared in `batch` and the model
             cannot take that (see `shared_prompt_problem`), or the adapter is a prompt-learning one.
         TypeError: `model` contains no Hugging Face causal language model.
     """
-    if not temperature > 0:
+    temperatures = torch.as_tensor(temperature, device=batch.target.device).expand(batch.target.shape)
+    if not (temperatures > 0).all():
         raise ValueError(f"temperature={temperature!r}: must be above 0 (greedy decoding has no log-probabilities)")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
@@ -87,7 +92,8 @@ def completion_logprobs(
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
-        return _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
+        scored = _chunked(head, hidden_NH, batch.target, temperatures, chunks, entropy, greedy)
+        return scored._replace(hidden=hidden_NH) if hidden else scored
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
@@ -170,17 +176,21 @@ def _chunked(
     head: Callable[[Tensor], Tensor],
     hidden_NH: Tensor,
     target_N: Tensor,
-    temperature: float,
+    temperature_N: Tensor,
     chunks: int,
     entropy: bool,
     greedy: bool,
 ) -> LogProbs:
-    def score(hidden_CH: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    warm = bool((temperature_N != 1).any())
+
+    def score(
+        hidden_CH: Tensor, target_C: Tensor, temperature_C: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits_CV = head(hidden_CH)
         # A log-softmax in bfloat16 is off by up to 0.08.
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        if temperature != 1:
-            logits_CV = logits_CV / temperature
+        if warm:  # dividing by 1 would cost one more copy
+            logits_CV = logits_CV / temperature_C[:, None]
         logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
         with torch.no_grad():
             entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1) if entropy else None
@@ -188,15 +198,19 @@ def _chunked(
         return logprobs_C, entropy_C, greedy_C
 
     results = []
-    for hidden_CH, target_C in zip(hidden_NH.tensor_split(chunks), target_N.tensor_split(chunks), strict=True):
+    parts = (values.tensor_split(chunks) for values in (hidden_NH, target_N, temperature_N))
+    for part in zip(*parts, strict=True):
         if torch.is_grad_enabled():
             # The head draws no random numbers, so its state need not be kept for the second run.
-            results.append(checkpoint(score, hidden_CH, target_C, use_reentrant=False, preserve_rng_state=False))
+            results.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False))
         else:
-            results.append(score(hidden_CH, target_C))
+            results.append(score(*part))
     logprobs, entropies, likely = zip(*results, strict=True)
     return LogProbs(
-        torch.cat(logprobs), torch.cat(entropies) if entropy else None, torch.cat(likely) if greedy else None
+        logprobs=torch.cat(logprobs),
+        entropy=torch.cat(entropies) if entropy else None,
+        greedy=torch.cat(likely) if greedy else None,
+        hidden=None,
     )
 
 

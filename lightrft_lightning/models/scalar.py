@@ -151,12 +151,12 @@ def _numbers_at(model: Any, batch: PackedBatch, row: Tensor, column: Tensor) -> 
     backbone, head = model.base_model, scalar_head(model)
 
     def forward(**inputs: Any) -> Tensor:
-        numbers = head(backbone(**inputs).last_hidden_state[row, column])[:, 0]
-        return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        return head(backbone(**inputs).last_hidden_state[row, column])
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
     if batch.shared:
         inputs["position_ids"] = batch.position_ids
     with replaced_forward(model, forward):
-        return model(**inputs)
+        numbers = model(**inputs)[:, 0]
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))

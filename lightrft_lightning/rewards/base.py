@@ -37,6 +37,9 @@ class RewardReport:
     timed_out: int = 0
     non_finite: int = 0
 
+    def __add__(self, other: RewardReport) -> RewardReport:
+        return RewardReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
 
 class Rewards:
     """One or several reward functions with weights.
@@ -225,8 +228,7 @@ class Scoring:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        columns = zip(*map(astuple, self._reports), strict=True)
-        return RewardReport(*map(sum, columns)) if self._reports else RewardReport(0)
+        return sum(self._reports, RewardReport(0))
 
     def stop(self) -> None:
         """Score nothing that has not been begun."""

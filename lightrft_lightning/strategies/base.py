@@ -320,7 +320,11 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             optimizer: its optimizer.
             *args: of Lightning's form.
             **kwargs: of Lightning's form; in LightRFT's, ``accumulation_steps``: backward passes of this optimizer
-                step, in place of the strategy's own number.
+                step, in place of the strategy's own number; ``further``: more pairs of a model and its optimizer
+                that the loss depends on.
+
+        Raises:
+            ValueError: `further` in float16, where every model has a loss scale of its own.
         """
         if not isinstance(model, nn.Module):
             rest = () if optimizer is None else (optimizer,)
@@ -358,10 +362,16 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         return super().optimizer_step(optimizer, model, *positional, **kwargs)
 
     def _backward(
-        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accumulation_steps: int | None = None,
+        further: Sequence[tuple[nn.Module, Optimizer]] = (),
     ) -> None:
         loss = loss / (accumulation_steps or self.accumulation_steps)
         if self.compute_dtype == torch.float16:
+            check_one_scale(further)
             known = self._models.setdefault(model, _Trained())
             known.scaler = known.scaler or torch.amp.GradScaler(self.root_device.type)
             loss = known.scaler.scale(loss)
@@ -571,6 +581,12 @@ class _Autocast:
 
     def _exit(self, *args: Any) -> None:
         self._active.pop().__exit__(None, None, None)
+
+
+def check_one_scale(further: Sequence[Any]) -> None:
+    """Raise ValueError if a float16 loss goes through several models, each of which has a loss scale of its own."""
+    if further:
+        raise ValueError("a loss through several models cannot be scaled for float16: use bfloat16 or float32")
 
 
 def _thaw(model: nn.Module, known: _Trained) -> None:

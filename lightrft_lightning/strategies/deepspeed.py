@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -37,7 +37,7 @@ from lightrft_lightning.strategies._zero_config import (
 from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
 from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
-from lightrft_lightning.strategies.base import _Trained
+from lightrft_lightning.strategies.base import _Trained, check_one_scale
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
@@ -293,10 +293,21 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
 
     @override
     def _backward(
-        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accumulation_steps: int | None = None,
+        further: Sequence[tuple[nn.Module, Optimizer]] = (),
     ) -> None:
+        loss = loss / (accumulation_steps or self.accumulation_steps)
         zero = self._zero_of(optimizer)
-        zero.backward(loss / (accumulation_steps or self.accumulation_steps), self._loss_scale(zero))
+        if not further:
+            zero.backward(loss, self._loss_scale(zero))
+            return
+        if self.compute_dtype == torch.float16:
+            check_one_scale(further)
+        backward_through([zero, *(self._zero_of(other) for _, other in further)], loss)
 
     def _loss_scale(self, zero: ZeroModel) -> float:
         if self.compute_dtype != torch.float16:

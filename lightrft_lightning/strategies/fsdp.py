@@ -239,13 +239,19 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def _backward(
-        self, loss: Tensor, model: nn.Module, optimizer: Optimizer, accumulation_steps: int | None = None
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        optimizer: Optimizer,
+        accumulation_steps: int | None = None,
+        further: Sequence[tuple[nn.Module, Optimizer]] = (),
     ) -> None:
         steps = accumulation_steps or self.accumulation_steps
-        raw = getattr(optimizer, "optimizer", optimizer)
-        for unit in _units(model):  # gradients travel once, at the last pass
-            unit.set_requires_gradient_sync(self._pending.get(raw, 0) + 1 >= steps, recurse=False)
-        super()._backward(loss, model, optimizer, accumulation_steps)
+        for part, its_optimizer in ((model, optimizer), *further):
+            raw = getattr(its_optimizer, "optimizer", its_optimizer)
+            for unit in _units(part):  # gradients travel once, at the last pass
+                unit.set_requires_gradient_sync(self._pending.get(raw, 0) + 1 >= steps, recurse=False)
+        super()._backward(loss, model, optimizer, accumulation_steps, further)
 
     @override
     def _finish_partial_accumulation(self, model: nn.Module) -> None:

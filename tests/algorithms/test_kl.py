@@ -72,3 +72,16 @@ def test_an_unknown_name_and_different_shapes_are_refused() -> None:
 
 def test_the_table() -> None:
     assert list(KL_ESTIMATORS) == ["k1", "k2", "k3"]
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_by_choice_every_estimator_has_the_gradient_of_the_kl(name: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6).double().requires_grad_()
+    ref = torch.randn(6).double().log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    (expected,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits, retain_graph=True)
+    value = kl_penalty(name, policy, ref, unbiased_gradient=True)
+    torch.testing.assert_close(value, kl_penalty(name, policy, ref))
+    (got,) = torch.autograd.grad((policy.detach().exp() * value).sum(), logits)
+    torch.testing.assert_close(got, expected)

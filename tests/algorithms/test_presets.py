@@ -18,6 +18,7 @@ from lightrft_lightning.algorithms import (
     check_options,
     resolve,
 )
+from lightrft_lightning.critic import as_critic
 
 
 def reward(completion: str) -> float:
@@ -32,14 +33,14 @@ def test_every_preset_names_what_exists(name: str) -> None:
     check_options("policy loss", name, loss, settings["policy_loss_options"])
     assert settings["aggregation"] in AGGREGATIONS and settings["kl_estimator"] in KL_ESTIMATORS
     module = RLHFModule("any", reward, algorithm=name)
-    assert {setting: getattr(module, setting) for setting in PRESET_SETTINGS} == settings
+    assert module.critic_settings == as_critic(settings.pop("critic"))
+    assert {setting: getattr(module, setting) for setting in settings} == settings
 
 
 def test_every_estimator_and_loss_has_a_preset() -> None:
     settings = [resolve(name, {}) for name in PRESETS]
     assert {s["policy_loss"] for s in settings} == {n for n in POLICY_LOSSES if not n.startswith("test_")}
-    without_critic = {n for n in ADVANTAGES if not n.startswith("test_")} - {"gae"}
-    assert {s["advantage_estimator"] for s in settings} == without_critic
+    assert {s["advantage_estimator"] for s in settings} == {n for n in ADVANTAGES if not n.startswith("test_")}
 
 
 def test_without_one_the_defaults_hold() -> None:

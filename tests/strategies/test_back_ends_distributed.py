@@ -15,8 +15,14 @@ JOBS = {
     "supervised_trainer": 2,
 }  # fmt: skip
 """And on how many processes each runs."""
+JOBS |= {
+    f"algorithms_trainer {strategy}": 2
+    for strategy in ("lightrft_fsdp", *(f"lightrft_deepspeed_stage_{stage}" for stage in (1, 2, 3)))
+}
 CHECKS = [
-    (job, check) for job in JOBS for check in re.findall(r"^def (check_\w+)", (FOLDER / f"{job}.py").read_text(), re.M)
+    (job, check)
+    for job in JOBS
+    for check in re.findall(r"^def (check_\w+)", (FOLDER / f"{job.split()[0]}.py").read_text(), re.M)
 ]
 
 
@@ -27,8 +33,9 @@ def results(run_ranks, tmp_path_factory):
 
     def of(job):
         if job not in cache:
-            folder = tmp_path_factory.mktemp(job)
-            run_ranks(FOLDER / f"{job}.py", folder, world_size=JOBS[job], timeout=280)
+            folder = tmp_path_factory.mktemp(job.replace(" ", "_"))
+            script, *arguments = job.split()
+            run_ranks(FOLDER / f"{script}.py", folder, *arguments, world_size=JOBS[job], timeout=280)
             cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(JOBS[job])]
         return cache[job]
 

@@ -1,0 +1,97 @@
+"""Every algorithm under a Trainer on several ranks: the updates are those of one process; see checks.py.
+
+Arguments: folder, strategy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2] / "helpers"))
+
+import checks
+import torch
+from training import make_data, make_module, make_trainer
+
+from lightrft_lightning.algorithms import AGGREGATIONS, PRESETS
+
+os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
+FOLDER, STRATEGY = Path(sys.argv[1]), sys.argv[2]
+RANKS = int(os.environ["WORLD_SIZE"])
+OWN, SHARED = {"lr": 2e-3, "warmup_iterations": 1}, {"lr": 2e-3, "share_trunk": True}
+
+
+@contextmanager
+def one_process():
+    """No launcher, as far as can be seen inside."""
+    ranks = {k: os.environ.pop(k) for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID")}
+    try:
+        yield
+    finally:
+        os.environ.update(ranks)
+
+
+def train(strategy, ranks, batch_size=4, **settings):
+    """Tokens of all ranks by prompt, and the weights of policy and critic, before and after two iterations."""
+    module = make_module(**{"sampling": {"n": 3, "max_new_tokens": 6}, "steps_per_epoch": 2, **settings})
+    module.configure_model()
+    before = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+    trainer = make_trainer(FOLDER, strategy=strategy, devices=ranks, limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(module, make_data(batch_size=batch_size // ranks, shuffle=False))
+    tokens = {t.group: t.completion.token_ids for t in module.last_trajectories}
+    tokens = {group: ids for rank in trainer.strategy.gather_objects(tokens) for group, ids in rank.items()}
+    trained = [m for m in (module.actor, module.critic) if m is not None]
+    after = [value.flatten().clone() for m in trained for _, value in trainer.strategy.named_full_tensors(m)]
+    return tokens, before, torch.cat(after)
+
+
+def assert_independent_of_ranks(**settings):
+    with one_process():
+        expected, before, alone = train("lightrft_fake", 1, **settings)
+    tokens, _, together = train(STRATEGY, RANKS, token_budget=24, **settings)
+    assert tokens == expected, settings
+    moved = (alone - before).norm()
+    assert (together - alone).norm() < 2e-3 * moved, (settings, (together - alone).norm() / moved)
+
+
+def check_ppo_with_a_critic_of_its_own():
+    assert_independent_of_ranks(algorithm="ppo", critic=OWN, epochs_per_rollout=2)
+
+
+def check_ppo_with_a_shared_trunk():
+    assert_independent_of_ranks(algorithm="ppo", critic=SHARED, epochs_per_rollout=2)
+
+
+def check_every_aggregation():
+    for aggregation in AGGREGATIONS:
+        assert_independent_of_ranks(aggregation=aggregation, kl_coef=0.1)
+
+
+def check_every_preset():
+    without_critic = [name for name in PRESETS if name != "ppo"]
+    for algorithm in without_critic if STRATEGY == "lightrft_fsdp" else ("gspo", "reinforce_plus_plus"):
+        assert_independent_of_ranks(algorithm=algorithm)
+
+
+def check_every_step_of_shaping():
+    assert_independent_of_ranks(
+        advantage_estimator="rloo", high_entropy_share=0.5, reward_norm="full", overlong_buffer=3, reward_clip=1.5,
+        correction="sequence_truncated", kl_coef=0.1, kl_target=0.01, kl_unbiased_gradient=True,
+    )  # fmt: skip
+    assert_independent_of_ranks(advantage_estimator="reinforce", advantage_norm=True, kl_coef=0.1, kl_in="reward")
+
+
+def sometimes(completion: str, prompt: str) -> float:
+    """Equal within most groups, so that the ranks find unequal numbers of others."""
+    return float("2" in completion) if prompt[0] in "13" else 1.0
+
+
+def check_replaced_prompts_and_a_hot_first_token():
+    assert_independent_of_ranks(dynamic_sampling=True, rewards=sometimes, first_token_temperature=5.0)
+
+
+if __name__ == "__main__":
+    checks.run(dict(globals()))
