@@ -98,7 +98,6 @@ class SupervisedModule(pl.LightningModule):
         self.model: Any = model.train() if isinstance(model, nn.Module) else None
         self._sums: Sums = {}
         self._rng_to_restore: dict[str, Any] | None = None
-        self._save_hyperparameters(model)
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:

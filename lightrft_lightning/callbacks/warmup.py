@@ -77,8 +77,8 @@ class SupervisedWarmup(Callback):
         module = rlhf_module(self, pl_module)
         if isinstance(trainer.strategy, DeepspeedStrategy):
             raise ValueError(
-                "SupervisedWarmup has an optimizer of its own, and DeepSpeed ties a model to one: warm up with "
-                "strategy='lightrft_fake' or 'lightrft_fsdp', export the model, and train that"
+                "SupervisedWarmup has an optimizer of its own, and DeepSpeed ties a model to one: train an SFTModule "
+                "first (`lightrft sft fit`), which runs on every strategy, and start from the folder that it writes"
             )
         prompts = getattr(trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         if not prompts:
@@ -118,9 +118,8 @@ class SupervisedWarmup(Callback):
         shares: list[float] = []
         start = time.perf_counter()
         for batch in self._batches(examples, steps):
-            trajectories = trajectories_of(batch)
-            longest = max(len(t.prompt.token_ids) + len(t.completion.token_ids) for t in trajectories)
-            (packed,) = pack(trajectories, longest * len(batch), share_prompts=False)
+            longest = max(len(prompt.token_ids) + len(prompt.completions[0]) for prompt in batch)
+            (packed,) = pack(trajectories_of(batch), longest * len(batch), share_prompts=False)
             answers = answer_loss(actor, packed.to(device))
             loss = answers.loss / answers.tokens
             losses.append(loss.item())
