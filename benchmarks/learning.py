@@ -29,8 +29,11 @@ from _common import RESULTS, report
 
 from lightrft_lightning.algorithms import PRESETS
 
-BUDGET = ["--model.steps_per_epoch", "2", "--trainer.limit_train_batches", "50", "--trainer.max_epochs", "5"]
-"""Two steps an iteration, so that the losses see ratios other than 1."""
+BUDGET = [
+    "--model.steps_per_epoch", "2", "--trainer.limit_train_batches", "50", "--trainer.max_epochs", "5",
+    "--trainer.max_time", "00:01:00:00",
+]  # fmt: skip
+"""Two steps an iteration, so that the losses see ratios other than 1; the number of iterations is the limit."""
 OWN_FLAGS = {"ppo": ["--model.critic", "{lr: 1.0e-3, warmup_iterations: 5}"]}
 
 
@@ -39,11 +42,13 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--algorithms", nargs="+", choices=["all", *PRESETS], metavar="NAME")
+    parser.add_argument("--out", type=Path, help="JSON file, the plot beside it; default: in benchmarks/results")
     arguments, flags = parser.parse_known_args()  # what is left goes to the command line
     config, algorithms = arguments.config, arguments.algorithms or [None]
     if "all" in algorithms:
         algorithms = list(PRESETS)
     name = f"learning_{config.stem}" + ("_algorithms" if arguments.algorithms else "")
+    out = arguments.out or RESULTS / f"{name}.json"
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[list[float]]] = {}
     for seed, algorithm in product(arguments.seeds, algorithms):
@@ -53,8 +58,8 @@ def main() -> None:
         curve = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
         curves.setdefault(algorithm or f"seed {seed}", []).append(curve)
         rows.append(({"algorithm": algorithm} if algorithm else {}) | summarise(seed, output, curve, minutes))
-        plot(curves, RESULTS / f"{name}.png", config.stem)
-        report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]})
+        plot(curves, out.with_suffix(".png"), config.stem)
+        report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]}, out)
 
 
 def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, str, list[dict[str, str]]]:

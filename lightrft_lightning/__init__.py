@@ -14,7 +14,9 @@ from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.module import RLHFModule
+from lightrft_lightning.reward_module import RewardModule
 from lightrft_lightning.rewards import Rewards
+from lightrft_lightning.sft_module import SFTModule
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 from lightrft_lightning.strategies.factory import (
@@ -39,9 +41,11 @@ __all__ = [
     "PromptDataModule",
     "RLHFModule",
     "RemoteRollout",
+    "RewardModule",
     "Rewards",
     "RolloutCallback",
     "RolloutEngine",
+    "SFTModule",
     "SGLangRollout",
     "SamplingParams",
     "StrategyBase",

@@ -1,4 +1,4 @@
-"""The `lightrft` command: `LightningCLI` for `RLHFModule` and `PromptDataModule`. Needs the extra ``cli``."""
+"""The `lightrft` command: `LightningCLI` for the package's modules and `PromptDataModule`. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
@@ -18,6 +19,8 @@ from lightrft_lightning import convert
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.module import RLHFModule
+from lightrft_lightning.reward_module import RewardModule
+from lightrft_lightning.sft_module import SFTModule
 from lightrft_lightning.strategies.factory import available_strategies
 
 DEFAULT_SEED = 42
@@ -25,25 +28,29 @@ DEFAULT_SEED = 42
 TRAINER_DEFAULTS: dict[str, Any] = {
     "strategy": "lightrft_fake",
     "devices": 1,
-    "enable_progress_bar": False,  # ProgressLine takes its place
     "enable_model_summary": False,
     "log_every_n_steps": 1,  # an iteration is long, each is worth a row
     "num_sanity_val_steps": -1,  # the whole validation set before training: the "before" of the summary
 }
 
+EXPORT = "lightrft_lightning.callbacks.ExportModel"
 DEFAULT_CALLBACKS = (
     "lightrft_lightning.TransformersRollout",
     "lightrft_lightning.callbacks.ProgressLine",
     "lightrft_lightning.callbacks.SampleTable",
     "lightrft_lightning.callbacks.RewardCurve",
-    "lightrft_lightning.callbacks.ExportModel",
+    EXPORT,
     "lightrft_lightning.callbacks.Summary",
     "lightrft_lightning.callbacks.WritePredictions",
 )
 
+MODULES: dict[str, type[pl.LightningModule]] = {"sft": SFTModule, "reward": RewardModule}
+"""What is trained in place of `RLHFModule` by ``lightrft <name> fit``."""
+
 DESCRIPTION = (
     "Reinforcement fine-tuning of language models inside PyTorch Lightning. Settings come from YAML files and flags, "
     "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4. "
+    "Supervised fine-tuning and reward models: lightrft sft fit --help, lightrft reward fit --help. "
     "Checkpoints as Hugging Face folders, and back: lightrft convert --help. "
     "An engine in a process or on a machine of its own: lightrft serve --help"
 )
@@ -52,21 +59,27 @@ DESCRIPTION = (
 class LightRFTCLI(LightningCLI):
     """`LightningCLI` with this package's module, data and defaults.
 
-    Where neither YAML nor flags give `trainer.callbacks`, the callbacks are `DEFAULT_CALLBACKS`.
+    Where neither YAML nor flags give `trainer.callbacks`, the callbacks are `DEFAULT_CALLBACKS`; for the modules in
+    `MODULES`, `ExportModel` and Lightning's progress bar.
+
+    Args:
+        args: arguments; default: those of the process.
+        name: one of `MODULES`; default: `RLHFModule`.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, name: str | None = None) -> None:
+        self._default_callbacks = DEFAULT_CALLBACKS if name is None else (EXPORT,)
         super().__init__(
-            RLHFModule,
+            RLHFModule if name is None else MODULES[name],
             PromptDataModule,
             args=None if args is None else list(args),
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults={**TRAINER_DEFAULTS, "enable_progress_bar": name is not None},  # else ProgressLine
             seed_everything_default=DEFAULT_SEED,
             save_config_kwargs={"overwrite": True},  # otherwise a second run into the same folder is an error
             auto_configure_optimizers=False,  # the module's own settings decide
-            load_from_checkpoint_support=False,  # RLHFModule saves its hyperparameters itself
+            load_from_checkpoint_support=False,  # the modules save their hyperparameters themselves
             parser_kwargs={
-                "prog": "lightrft",
+                "prog": "lightrft" if name is None else f"lightrft {name}",
                 "description": DESCRIPTION,
                 "version": lightrft_lightning.__version__,
             },
@@ -80,7 +93,7 @@ class LightRFTCLI(LightningCLI):
             raise ValueError(unknown_name("strategy", name, available_strategies()))
         if trainer.callbacks is None:
             # Not as a default of the parser: it would mix the default list into a user's list of the same length.
-            chosen = {"trainer": {"callbacks": list(DEFAULT_CALLBACKS)}}
+            chosen = {"trainer": {"callbacks": list(self._default_callbacks)}}
             self.config[self.subcommand] = self._parser(self.subcommand).parse_object(
                 chosen, self.config[self.subcommand]
             )
@@ -112,6 +125,8 @@ def main(args: Sequence[str] | None = None) -> int:
         import_extra("jsonargparse", "cli")
         if given[:1] == ["convert"]:
             convert.main(given[1:])
+        elif given[:1] and given[0] in MODULES:
+            LightRFTCLI(given[1:], given[0])
         else:
             LightRFTCLI(args)
     except Exception as err:

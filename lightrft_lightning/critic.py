@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._trainer import LR_SCHEDULES
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.models.scalar import completion_values, load_scalar_model, with_scalar_head
-
-LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)

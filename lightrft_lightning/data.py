@@ -351,7 +351,11 @@ def _short(value: Any, width: int = 80) -> str:
 
 
 class PromptDataModule(pl.LightningDataModule):
-    """Prompts for `RLHFModule`, rendered and tokenised once.
+    """Prompts for `RLHFModule`, and the texts after them for `SFTModule` and `RewardModule`; tokenised once.
+
+    A text after the prompt is a string or messages, the last of which is the assistant's and counts; messages before it
+    repeat the prompt, or are the prompt where the row has no column for it. Its tokens follow those of the prompt,
+    which stay as they are for generation, and end with the end token.
 
     Args:
         train: source of the training prompts, see `load_rows`.
@@ -364,12 +368,15 @@ class PromptDataModule(pl.LightningDataModule):
         template: makes the prompt from columns in place of `prompt_column`, e.g. ``"What is {a} + {b}?"``.
         chat_template: render with the tokenizer's chat template; default: if it has one.
         max_prompt_length: longest prompt in tokens.
-        overlong: ``error``, or ``drop`` the longer prompts and log how many.
+        overlong: ``error``, or ``drop`` the rows that are longer and log how many.
         limit: read at most so many rows of each source.
         shuffle: a new order of the training prompts every epoch.
         seed: fixes these orders; default: Lightning's global seed.
         num_workers: processes that read ahead; there is nothing left to do for them unless the data set is huge.
         tokenizer: default: the one of the module that is trained.
+        completion_columns: columns with a text that follows the prompt, e.g. ``["chosen", "rejected"]``; default: those
+            that the module trains on, none for `RLHFModule`.
+        max_length: longest prompt with one of these texts, in tokens; default: no limit.
 
     Attributes:
         train_prompts: the training prompts after `setup`; likewise `val_prompts` and `predict_prompts`.
@@ -394,6 +401,8 @@ class PromptDataModule(pl.LightningDataModule):
         seed: int | None = None,
         num_workers: int = 0,
         tokenizer: Any = None,
+        completion_columns: list[str] | None = None,
+        max_length: int | None = None,
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "val": val, "predict": predict}
@@ -414,6 +423,8 @@ class PromptDataModule(pl.LightningDataModule):
         self.seed = global_seed() if seed is None else seed
         self.num_workers = num_workers
         self.tokenizer = tokenizer
+        self.completion_columns = completion_columns
+        self.max_length = max_length
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] | dict[str, list[Prompt]] = []
         self.predict_prompts: list[Prompt] = []
@@ -423,7 +434,7 @@ class PromptDataModule(pl.LightningDataModule):
     def _check_settings(self) -> None:
         if self.overlong not in ("error", "drop"):
             raise ValueError(unknown_name("overlong", self.overlong, ("error", "drop")))
-        for name in ("batch_size", "val_batch_size", "max_prompt_length", "limit"):
+        for name in ("batch_size", "val_batch_size", "max_prompt_length", "max_length", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"PromptDataModule({name}={value!r}): must be at least 1")
@@ -445,9 +456,10 @@ class PromptDataModule(pl.LightningDataModule):
         tokenizer = self._find_tokenizer()
         for name in needed:
             # Lightning calls `setup` before every fit and validate.
-            if self.sources[name] is not None and self._tokenized_with.get(name) is not tokenizer:
+            how = (tokenizer, self._columns_with_completions())
+            if self.sources[name] is not None and self._tokenized_with.get(name) != how:
                 setattr(self, f"{name}_prompts", self._load_all(name, tokenizer))
-                self._tokenized_with[name] = tokenizer
+                self._tokenized_with[name] = how
         if stage == "fit":
             self.train_dataloader()  # raises if a batch is larger than the data set
 
@@ -503,8 +515,11 @@ class PromptDataModule(pl.LightningDataModule):
 
     def _load(self, name: str, tokenizer: Any) -> list[Prompt]:
         rows = load_rows(self.sources[name], self.limit, self.prompt_column)
+        columns = self._columns_with_completions()
         use_template = self._use_chat_template(tokenizer, name)
-        rendered = [self._render(row, tokenizer, use_template, f"{name}: row {i}") for i, row in enumerate(rows)]
+        wheres = [f"{name}: row {i}" for i in range(len(rows))]
+        contents = [self._content(row, columns, where) for row, where in zip(rows, wheres, strict=True)]
+        rendered = [self._render(c, tokenizer, use_template, w) for c, w in zip(contents, wheres, strict=True)]
         texts = [text for text, _ in rendered]
         # A rendered chat template brings its own special tokens.
         ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
@@ -513,7 +528,40 @@ class PromptDataModule(pl.LightningDataModule):
             Prompt(tuple(tokens), text, {k: v for k, v in row.items() if k != hidden}, messages=messages)
             for tokens, (text, messages), row in zip(ids, rendered, rows, strict=True)
         ]
+        if columns and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"completion_columns={columns!r}: the tokenizer has no end token (eos_token) to end them with"
+            )
+        if columns:
+            prompts = [
+                replace(prompt, completions=self._completions(prompt, content, columns, tokenizer, use_template, where))
+                for prompt, content, where in zip(prompts, contents, wheres, strict=True)
+            ]
         return self._check_lengths(prompts, name)
+
+    def _columns_with_completions(self) -> tuple[str, ...]:
+        module = self.trainer.lightning_module if self.trainer else None
+        given = self.completion_columns
+        return tuple(getattr(module, "completion_columns", ()) if given is None else given)
+
+    def _completions(
+        self, prompt: Prompt, content: Any, columns: Sequence[str], tokenizer: Any, use_template: bool, where: str
+    ) -> tuple[tuple[int, ...], ...]:
+        """Token ids of the texts after `prompt`, which was made from `content`."""
+        result = []
+        for column in columns:
+            answer = _answer(prompt.fields, column, content, where)
+            whole = prompt.text + answer
+            if use_template:
+                whole = self._apply_chat_template(prompt.messages, tokenizer, where, answer)
+                if not whole.startswith(prompt.text):
+                    raise ValueError(
+                        f"{where}: with column {column!r} behind it the chat template writes the prompt in another "
+                        f"way: {_short(whole)}, and alone {_short(prompt.text)}. Set chat_template=False"
+                    )
+            _check_unicode(whole, f"{where}: column {column!r}")
+            result.append(completion_ids(tokenizer, prompt, whole, special_tokens=not use_template))
+        return tuple(result)
 
     def _use_chat_template(self, tokenizer: Any, name: str) -> bool:
         available = getattr(tokenizer, "chat_template", None) is not None
@@ -525,20 +573,20 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"system_prompt={_short(self.system_prompt)} needs a chat template, and {why}")
         return use
 
-    def _render(self, row: Row, tokenizer: Any, use_template: bool, where: str) -> tuple[str, tuple[Row, ...]]:
-        """The text of one row, ready for the tokenizer, and the conversation that it comes from, if any."""
-        content = self._content(row, where)
+    def _render(self, content: Any, tokenizer: Any, use_template: bool, where: str) -> tuple[str, tuple[Row, ...]]:
+        """The text of one prompt, ready for the tokenizer, and the conversation that it comes from, if any."""
         if not isinstance(content, str) and not use_template:
             raise ValueError(f"{where} is a conversation, which needs a tokenizer with a chat template")
         messages = self._messages(content) if use_template else ()
         text = self._apply_chat_template(messages, tokenizer, where) if use_template else content
-        try:
-            text.encode()
-        except UnicodeEncodeError as err:
-            raise ValueError(f"{where} is not valid Unicode ({err.reason} at {err.start}): {_short(text)}") from err
+        _check_unicode(text, where)
         return text, messages
 
-    def _content(self, row: Row, where: str) -> Any:
+    def _content(self, row: Row, completion_columns: Sequence[str], where: str) -> Any:
+        if self.template is None and self.prompt_column not in row:
+            for column in completion_columns:
+                if _is_conversation(row.get(column)) and len(row[column]) > 1:
+                    return row[column][:-1]
         columns = [self.prompt_column] if self.template is None else template_columns(self.template)
         for column in columns:
             if column not in row:
@@ -562,31 +610,95 @@ class PromptDataModule(pl.LightningDataModule):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return tuple(messages)
 
-    def _apply_chat_template(self, messages: tuple[Row, ...], tokenizer: Any, where: str) -> str:
+    def _apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tokenizer: Any, where: str, answer: str | None = None
+    ) -> str:
+        """The prompt up to where the assistant's turn begins, or with that turn if there is an `answer`."""
+        whole = list(messages) if answer is None else [*messages, {"role": "assistant", "content": answer}]
         try:
-            return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            return tokenizer.apply_chat_template(whole, add_generation_prompt=answer is None, tokenize=False)
         except Exception as err:  # whatever the template's author raises, e.g. for a role it does not know
-            raise ValueError(f"{where}: the chat template refuses {_short(list(messages))}: {err}") from err
+            raise ValueError(f"{where}: the chat template refuses {_short(whole)}: {err}") from err
 
     def _check_lengths(self, prompts: list[Prompt], name: str) -> list[Prompt]:
         for i, prompt in enumerate(prompts):
             if not prompt.token_ids:
                 raise ValueError(f"{name}: prompt {i} is empty")
-        fitting = [p for p in prompts if len(p.token_ids) <= self.max_prompt_length]
+        long = [self._too_long(prompt) for prompt in prompts]
+        fitting = [p for p, problem in zip(prompts, long, strict=True) if not problem]
         overlong = len(prompts) - len(fitting)
         if overlong and (self.overlong == "error" or not fitting):
-            i, prompt = next((i, p) for i, p in enumerate(prompts) if len(p.token_ids) > self.max_prompt_length)
+            i = next(i for i, problem in enumerate(long) if problem)
             raise ValueError(
-                f"{name}: prompt {i} has {len(prompt.token_ids)} tokens, max_prompt_length={self.max_prompt_length} "
-                f"({overlong} of {len(prompts)} are too long): {_short(prompt.text)}. "
+                f"{name}: prompt {i} {long[i]} ({overlong} of {len(prompts)} are too long): {_short(prompts[i].text)}. "
                 "Raise the limit, or leave them out with overlong='drop'"
             )
         if overlong:
+            limits = f"max_prompt_length={self.max_prompt_length}"
+            limits += "" if self.max_length is None else f" or max_length={self.max_length}"
             log.warning(
-                "%s: dropped %d of %d prompts that are longer than max_prompt_length=%d tokens",
-                name, overlong, len(prompts), self.max_prompt_length,
-            )  # fmt: skip
+                "%s: dropped %d of %d prompts that are longer than %s tokens", name, overlong, len(prompts), limits
+            )
         return fitting
+
+    def _too_long(self, prompt: Prompt) -> str:
+        """What is too long about a prompt, or nothing."""
+        length = len(prompt.token_ids)
+        if length > self.max_prompt_length:
+            return f"has {length} tokens, max_prompt_length={self.max_prompt_length}"
+        longest = length + max(map(len, prompt.completions), default=0)
+        if self.max_length is not None and longest > self.max_length:
+            return f"with its completion has {longest} tokens, max_length={self.max_length}"
+        return ""
+
+
+def _answer(row: Mapping[str, Any], column: str, prompt: Any, where: str) -> str:
+    """The text of a column that follows `prompt`, which is text or a conversation."""
+    if column not in row:
+        raise ValueError(f"{where}: {unknown_name('column', column, map(str, row))}")
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if not _is_conversation(value) or value[-1]["role"] != "assistant" or not isinstance(value[-1]["content"], str):
+        raise ValueError(
+            f"{where}: column {column!r} must be text or a list of {{role, content}} that ends with the assistant, "
+            f"is {_short(value)}"
+        )
+    before = [(m["role"], m["content"]) for m in value[:-1]]
+    messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+    if before and before != messages:
+        raise ValueError(
+            f"{where}: column {column!r} begins with another prompt than {_short(prompt)}: {_short(value)}"
+        )
+    return value[-1]["content"]
+
+
+def completion_ids(tokenizer: Any, prompt: Prompt, whole: str, *, special_tokens: bool = True) -> tuple[int, ...]:
+    """The token ids that follow those of `prompt` in `whole`, up to the end token, which is added if it is not there.
+
+    The ids of the prompt stay as an engine gets them; where a tokenizer would merge across the border, the rest is
+    tokenised by itself.
+
+    Args:
+        tokenizer: has an end token.
+        prompt: tokenised already.
+        whole: its text with what follows.
+        special_tokens: whether the tokenizer added its own to the prompt.
+    """
+    ids, length = tokenizer(whole, add_special_tokens=special_tokens)["input_ids"], len(prompt.token_ids)
+    rest = ids[length:]
+    if tuple(ids[:length]) != prompt.token_ids:
+        rest = tokenizer(whole[len(prompt.text) :], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    # Templates write more after a turn's end, e.g. a line break, which an engine that stops there never sees.
+    return (*(rest[: rest.index(end)] if end in rest else rest), end)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise ValueError(f"{where} is not valid Unicode ({err.reason} at {err.start}): {_short(text)}") from err
 
 
 def template_columns(template: str) -> list[str]:

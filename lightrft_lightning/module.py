@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import logging
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,13 +21,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
-from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
 from lightrft_lightning.algorithms.advantages import global_moments
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
-from lightrft_lightning.critic import LR_SCHEDULES, Critic, as_critic, critic_values, new_critic
+from lightrft_lightning.critic import Critic, as_critic, critic_values, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.environments.episodes import Episodes, with_environment
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
@@ -45,12 +45,12 @@ from lightrft_lightning.metrics import (
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
-from lightrft_lightning.strategies.base import StrategyBase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lightrft_lightning.config import StrategyConfig
+    from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
@@ -797,13 +797,7 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if not isinstance(self.trainer.strategy, StrategyBase):
-            raise TypeError(
-                f"RLHFModule trains through a lightrft strategy, got {type(self.trainer.strategy).__name__}: "
-                "use Trainer(strategy='lightrft_fake')"
-            )
-        # Its advice is to save the weights of before the step, from which a resumed run could not go on.
-        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        check_strategy(self)
         if stage == "fit" and self.algorithm is not None:
             settings = ", ".join(f"{name}={value!r}" for name, value in self._chosen.items())
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
@@ -830,51 +824,12 @@ class RLHFModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        settings = self.critic_settings
+        settings, steps = self.critic_settings, self.epochs_per_rollout * self.steps_per_epoch
         alone = 0 if settings is None else settings.warmup_iterations
-        trained = [self._optimizer_with_schedule(self.actor, self, alone)]
+        trained = [with_lr_schedule(self, self.actor, self, steps, alone)]
         if settings is not None:
-            trained.append(self._optimizer_with_schedule(self.critic, settings))
+            trained.append(with_lr_schedule(self, self.critic, settings, steps))
         return trained
-
-    def _optimizer_with_schedule(self, model: Any, settings: Any, idle_iterations: int = 0) -> dict[str, Any]:
-        """As Lightning takes it.
-
-        Args:
-            model: what it trains.
-            settings: what has ``lr``, ``weight_decay``, ``lr_schedule`` and ``warmup_ratio``.
-            idle_iterations: in which it makes no step.
-        """
-        optimizer = self.strategy.create_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
-        if settings.lr_schedule == "constant" and not settings.warmup_ratio:
-            return {"optimizer": optimizer}
-        steps = self._total_optimizer_steps(settings, idle_iterations)
-        name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
-        get_scheduler = import_extra("transformers", "hf").get_scheduler
-        warmup = round(steps * settings.warmup_ratio)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _total_optimizer_steps(self, settings: Any, idle_iterations: int) -> int:
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        steps = (self._planned_iterations() - idle_iterations) * self.epochs_per_rollout * self.steps_per_epoch
-        if not 0 < steps < float("inf"):
-            raise ValueError(
-                f"lr_schedule={settings.lr_schedule!r}, warmup_ratio={settings.warmup_ratio} need a known number of "
-                "steps: set Trainer(max_epochs=...) or max_steps"
-            )
-        return int(steps)
-
-    def _planned_iterations(self) -> float:
-        trainer = self.trainer
-        if trainer.datamodule is None:  # type: ignore[attr-defined]
-            return trainer.estimated_stepping_batches
-        # Not `estimated_stepping_batches`: it sets the data loader up before Lightning has read the loader's position
-        # from the checkpoint, and a resumed run would then start the data from the beginning.
-        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        return (trainer.max_epochs or 0) * (min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     @override
     def on_fit_start(self) -> None:

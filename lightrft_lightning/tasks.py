@@ -56,6 +56,7 @@ def addition(
     template: str = "What is {a} + {b}? Reply with only the number.",
     answer_template: str = "{sum}",
     reverse: bool = False,
+    pairs: bool = False,
 ) -> list[Row]:
     """Sums of two integers from `low` to `high`, both included. No problem comes twice until all have come.
 
@@ -70,22 +71,32 @@ def addition(
         answer_template: format string over ``sum``, e.g. ``{sum:03}`` for a fixed width.
         reverse: write the answer from its last character to its first. A model that starts from nothing learns
             addition much faster with the least significant digit first, as carries then come from what it has written.
+        pairs: give a wrong answer too, any other sum that numbers in this range have, for reward models.
 
     Returns:
-        Rows with ``prompt`` and ``answer``, both text.
+        Rows with ``prompt`` and ``answer``, both text; of pairs also with ``chosen``, which is the answer, and
+        ``rejected``.
 
     Raises:
-        ValueError: an unknown split, or no problem fits.
+        ValueError: an unknown split, no problem fits, or pairs of sums that are all the same.
     """
     if split not in SPLITS:
         raise ValueError(unknown_name("split", split, SPLITS))
     if size < 1 or low > high:
         raise ValueError(f"addition(size={size}, low={low}, high={high}): needs size >= 1 and low <= high")
-    pairs = _pairs(size, low, high, split, random.Random(seed))
+    if pairs and low == high:
+        raise ValueError(f"addition(low={low}, high={high}, pairs=True): there is no other sum to be the wrong answer")
+    rng = random.Random(seed + 1)  # another one, so that the problems are the same with and without pairs
     step = -1 if reverse else 1
-    return [
-        {"prompt": template.format(a=a, b=b), "answer": answer_template.format(sum=a + b)[::step]} for a, b in pairs
-    ]
+    rows = []
+    for a, b in _pairs(size, low, high, split, random.Random(seed)):
+        row = {"prompt": template.format(a=a, b=b), "answer": answer_template.format(sum=a + b)[::step]}
+        if pairs:
+            wrong = rng.randrange(2 * low, 2 * high)
+            wrong += wrong >= a + b
+            row |= {"chosen": row["answer"], "rejected": answer_template.format(sum=wrong)[::step]}
+        rows.append(row)
+    return rows
 
 
 def _pairs(size: int, low: int, high: int, split: str, rng: random.Random) -> Iterator[tuple[int, int]]:

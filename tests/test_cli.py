@@ -258,6 +258,37 @@ def test_the_examples_are_valid(config, capsys, name):
     assert checkpoint["class_path"].endswith("ModelCheckpoint") and checkpoint["init_args"]["filename"] is None
 
 
+@pytest.mark.parametrize(("name", "example"), [("sft", "sft.yaml"), ("reward", "reward_model.yaml")])
+def test_the_supervised_examples_run_and_resume(config, capsys, name, example):
+    run = ["--config", str(EXAMPLES / example), "--trainer.limit_train_batches", "2", "--trainer.enable_progress_bar"]
+    assert main([name, "fit", *run, "false", "--trainer.max_epochs", "1"]) == 0
+    assert main([name, "fit", *run, "false", "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    folder = Path("runs") / Path(example).stem
+    steps = [row.split(",")[1] for row in (folder / "csv/version_1/metrics.csv").read_text().splitlines()[1:]]
+    assert steps[0] == "2" and steps[-1] == "3"
+    assert json.loads((folder / "model/config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM" if name == "sft" else "LlamaForSequenceClassification"
+    ]
+    assert capsys.readouterr().err.count("error") == 0
+
+
+def test_supervised_defaults_and_errors(config, capsys):
+    Path("pairs.yaml").write_text("model: {model: {name: tiny-llama, layers: 1, width: 32}}\ntrainer: {max_steps: 1}\n")
+    rows = '[{"prompt": "1", "chosen": "2", "rejected": "3"}]'
+    flags = ["--config", "pairs.yaml", "--trainer.accelerator", "cpu", "--data.batch_size", "1"]
+    assert main(["reward", "fit", *flags, "--data.train", rows]) == 0
+    assert Path("lightning_logs/version_0/model/model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["sft", "fit", *flags, "--data.train", rows]) == 1
+    assert "unknown column 'answer'" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["sft", "fit", *flags, "--data.train", rows, "--model.lr_schedule", "liner"]) == 1
+    assert "unknown lr_schedule 'liner'. Did you mean 'linear'?" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="0"):
+        main(["reward", "fit", "--help"])
+    output = capsys.readouterr().out
+    assert "lightrft reward" in output and "--model.center_coef" in output and "--model.token_budget" in output
+
+
 def test_the_quick_example_runs_and_resumes(config, capsys):
     short = ["fit", "--config", str(EXAMPLES / "tiny_from_scratch.yaml"), "--trainer.limit_train_batches", "2"]
     text = (EXAMPLES / "tiny_from_scratch.yaml").read_text().replace("steps: 1000", "steps: 2")

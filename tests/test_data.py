@@ -478,6 +478,128 @@ def test_plain_text_has_no_messages(tokenizer):
     assert prompt.messages == ()
 
 
+# ------------------------------------------------------------------------------------------------- texts after a prompt
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+ANSWER = {"role": "assistant", "content": "ho"}
+
+
+def with_end(tokenizer, rest=""):
+    """The tokenizer with a template that writes `rest` after the end of an answer."""
+    tokenizer.eos_token = "<unk>"
+    if tokenizer.chat_template:
+        ends = "{% if m.role == 'assistant' %}<unk>" + rest + "{% endif %}{% endfor %}"
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endfor %}", ends)
+    return tokenizer
+
+
+def completions(rows, tokenizer, columns=("answer",), **settings):
+    """The texts after each prompt, by way of their tokens, which must begin where the prompt's end."""
+    prompts = load(rows, tokenizer, completion_columns=list(columns), **settings)
+    return [[tokenizer.decode(ids).replace(" ", "") for ids in p.completions] for p in prompts]
+
+
+def test_texts_follow_the_prompt_and_end():
+    tokenizer = with_end(make_tokenizer(bos=True))
+    (prompt,) = load([{"prompt": "2+3=", "answer": "5"}], tokenizer, completion_columns=["answer"])
+    (ids,) = prompt.completions
+    assert prompt.token_ids + ids == (*tokenizer("2+3=5")["input_ids"], tokenizer.eos_token_id)
+    assert prompt.fields == {"answer": "5"}
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": ""}]
+    assert completions(pairs, tokenizer, ["chosen", "rejected"]) == [["b<unk>", "<unk>"]]
+    assert load(pairs, tokenizer)[0].completions == ()
+
+
+def test_prompt_keeps_its_tokens_where_a_tokenizer_would_merge():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3}
+    bpe = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
+    first, second = load([{"prompt": "a", "answer": "b"}, {"prompt": "b", "answer": "ab"}], tokenizer,
+                         completion_columns=["answer"])  # fmt: skip
+    assert (first.token_ids, first.completions) == ((1,), ((2, 0),))
+    assert (second.token_ids, second.completions) == ((2,), ((3, 0),))
+
+
+@pytest.mark.parametrize("rest", ["", "x"])
+def test_chat_template_writes_the_answer_as_it_writes_the_prompt(rest):
+    """What a template writes after the end token is left out: an engine that stops there never sees it."""
+    tokenizer = with_end(make_tokenizer(CHAT_TEMPLATE, bos=True), rest)
+    for row in (
+        {"prompt": "hi", "answer": "ho"},
+        {"prompt": "hi", "answer": [ANSWER]},
+        {"prompt": CHAT, "answer": [*CHAT, ANSWER]},
+        {"answer": [*CHAT, ANSWER]},
+        {"prompt": [*CHAT, ANSWER, *CHAT], "answer": "ho"},
+    ):
+        (prompt,) = load([row], tokenizer, completion_columns=["answer"])
+        assert prompt.text.endswith("<user>hi<assistant>")
+        assert prompt.completions == ((*tokenizer("ho", add_special_tokens=False)["input_ids"], 0),)
+
+
+def test_pairs_that_hold_the_whole_conversation():
+    tokenizer = with_end(make_tokenizer(CHAT_TEMPLATE))
+    worse = {"role": "assistant", "content": "no"}
+    rows = [{"chosen": [*CHAT, ANSWER], "rejected": [*CHAT, worse]}]
+    assert completions(rows, tokenizer, ["chosen", "rejected"], system_prompt="s") == [["ho<unk>", "no<unk>"]]
+    rows[0]["rejected"] = [{"role": "user", "content": "he"}, worse]
+    message = "train: row 0: column 'rejected' begins with another prompt than [{'role': 'user', 'content': 'hi'}]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        completions(rows, tokenizer, ["chosen", "rejected"])
+
+
+def test_long_rows_are_refused_or_dropped(caplog):
+    tokenizer = with_end(make_tokenizer())
+    rows = [{"prompt": "abc", "answer": "d"}, {"prompt": "abc", "answer": "defg"}]
+    with pytest.raises(ValueError, match=re.escape("prompt 1 with its completion has 8 tokens, max_length=7 (1 of 2")):
+        completions(rows, tokenizer, max_length=7)
+    assert completions(rows, tokenizer, max_length=7, overlong="drop") == [["d<unk>"]]
+    assert "dropped 1 of 2 prompts that are longer than max_prompt_length=1024 or max_length=7 tokens" in caplog.text
+
+
+def test_another_module_makes_the_data_new():
+    class Wants(Recorder):
+        completion_columns = ("answer",)
+
+    data = PromptDataModule([{"prompt": "a", "answer": "b"}], batch_size=1, tokenizer=with_end(make_tokenizer()))
+    found = []
+    for module in (Recorder(), Wants(), Recorder()):
+        data.trainer = type("T", (), {"lightning_module": module, "distributed_sampler_kwargs": None})()
+        data.setup("fit")
+        found.append(len(data.train_prompts[0].completions))
+    assert found == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "anser": "y"}, "train: row 0: unknown column 'answer'. Did you mean 'anser'"),
+        ({"prompt": "x", "answer": 5}, "row 0: column 'answer' must be text or a list of {role, content} that ends"),
+        ({"prompt": "x", "answer": CHAT}, "that ends with the assistant, is [{'role': 'user'"),
+        ({"prompt": "x", "answer": "\ud800"}, "row 0: column 'answer' is not valid Unicode"),
+        ({"answer": "y"}, "row 0: unknown column 'prompt'"),
+        ({"answer": [*CHAT, ANSWER]}, "row 0 is a conversation, which needs a tokenizer with a chat template"),
+    ],
+)
+def test_bad_texts_after_a_prompt(row, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        completions([row], with_end(make_tokenizer()))
+
+
+def test_texts_need_an_end_token_and_a_steady_template(tokenizer):
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        completions([{"prompt": "x", "answer": "y"}], tokenizer)
+    fickle = with_end(make_tokenizer("{{ messages | length }}"))
+    fickle.chat_template = "{{ messages | length }}"
+    with pytest.raises(
+        ValueError, match="with column 'answer' behind it the chat template writes the prompt in another"
+    ):
+        completions([{"prompt": "x", "answer": "y"}], fickle)
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [

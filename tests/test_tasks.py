@@ -51,6 +51,15 @@ def test_splits_together_are_everything():
     assert 0.1 < len(every("val")) / len(every("all")) < 0.3
 
 
+def test_pairs_have_a_right_and_a_wrong_answer():
+    settings = {"size": 200, "low": 3, "high": 9, "answer_template": "{sum:02}", "reverse": True}
+    rows = addition(**settings, pairs=True)
+    assert [{k: row[k] for k in ("prompt", "answer")} for row in rows] == addition(**settings)
+    assert all(row["chosen"] == row["answer"] != row["rejected"] for row in rows)
+    assert {int(row["rejected"][::-1]) for row in rows} == set(range(6, 19))
+    assert rows == addition(**settings, pairs=True)
+
+
 def test_digits_addition():
     (row,) = make_task({"task": "digits_addition", "size": 1})
     a, b = re.fullmatch(r"(\d\d)\+(\d\d)=", row["prompt"]).groups()
@@ -66,6 +75,7 @@ def test_digits_addition():
         ({"task": "addition", "low": 5, "high": 4}, "low <= high"),
         ({"task": "addition", "low": 5, "high": 5, "split": "val"}, "no pair of numbers"),
         ({"task": "addition", "size": 0}, "size >= 1"),
+        ({"task": "addition", "low": 5, "high": 5, "pairs": True}, "no other sum to be the wrong answer"),
         ({"size": 3}, "a task is {'task': name"),
         ({"task": "reasoning_gym.chain_sam"}, "Did you mean 'chain_sum'"),
         ({"task": "reasoning_gym.chain_sum", "min_trems": 2}, "Did you mean 'min_terms'"),

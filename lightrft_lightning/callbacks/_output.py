@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
@@ -37,6 +37,17 @@ def rlhf_module(callback: pl.Callback, pl_module: pl.LightningModule) -> RLHFMod
     if not isinstance(pl_module, RLHFModule):
         raise TypeError(f"{type(callback).__name__} works with an RLHFModule, got {type(pl_module).__name__}")
     return pl_module
+
+
+def trained_model(callback: pl.Callback, pl_module: pl.LightningModule) -> Any:
+    """The model that `pl_module` trains.
+
+    Raises:
+        TypeError: it is none of this package's modules.
+    """
+    from lightrft_lightning.supervised import SupervisedModule
+
+    return pl_module.model if isinstance(pl_module, SupervisedModule) else rlhf_module(callback, pl_module).actor
 
 
 def train_reward(trainer: pl.Trainer, module: RLHFModule) -> float | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightrft_lightning.callbacks._output import output_dir, rlhf_module
+from lightrft_lightning.callbacks._output import output_dir, trained_model
 
 
 class ExportModel(Callback):
@@ -30,7 +31,7 @@ class ExportModel(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        rlhf_module(self, pl_module)
+        trained_model(self, pl_module)
         self.exported = None
 
     @override
@@ -42,11 +43,11 @@ class ExportModel(Callback):
         if isinstance(exception, KeyboardInterrupt):
             self._export(trainer, pl_module)
 
-    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = rlhf_module(self, pl_module)
-        nothing_new = module.iteration == 0 or self.exported is not None
+    def _export(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        nothing_new = batches == 0 or self.exported is not None
         if nothing_new or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         directory = Path(self.dirpath) if self.dirpath else output_dir(trainer) / "model"
-        module.strategy.save_model(module.actor, module.tokenizer, directory)  # type: ignore[arg-type]
+        pl_module.strategy.save_model(trained_model(self, pl_module), pl_module.tokenizer, directory)
         self.exported = directory

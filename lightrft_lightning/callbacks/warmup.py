@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import global_seed
 from lightrft_lightning.callbacks._output import rlhf_module
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.data import completion_ids
+from lightrft_lightning.experience.packing import pack
+from lightrft_lightning.experience.trajectory import Prompt
+from lightrft_lightning.sft_module import answer_loss
 from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
-
-if TYPE_CHECKING:
-    from lightrft_lightning.experience.trajectory import Prompt
-
-Example = tuple[list[int], list[int]]
-"""Token ids of a prompt, and of its answer with the end token."""
+from lightrft_lightning.supervised import trajectories_of
 
 SMOOTHING = 5
 """Number of batches whose mean decides about `until`."""
@@ -72,15 +70,15 @@ class SupervisedWarmup(Callback):
         self.answer_column = answer_column
         self.until = until
         self.seed = global_seed() if seed is None else seed
-        self._examples: list[Example] = []
+        self._examples: list[Prompt] = []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = rlhf_module(self, pl_module)
         if isinstance(trainer.strategy, DeepspeedStrategy):
             raise ValueError(
-                "SupervisedWarmup has an optimizer of its own, and DeepSpeed ties a model to one: warm up with "
-                "strategy='lightrft_fake' or 'lightrft_fsdp', export the model, and train that"
+                "SupervisedWarmup has an optimizer of its own, and DeepSpeed ties a model to one: train an SFTModule "
+                "first (`lightrft sft fit`), which runs on every strategy, and start from the folder that it writes"
             )
         prompts = getattr(trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         if not prompts:
@@ -113,16 +111,19 @@ class SupervisedWarmup(Callback):
             if isinstance(engine, RolloutCallback):
                 engine.stale = True
 
-    def _train(self, actor: Any, examples: Sequence[Example], steps: int, device: torch.device) -> None:
+    def _train(self, actor: Any, examples: Sequence[Prompt], steps: int, device: torch.device) -> None:
         parameters = [p for p in actor.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.95))
         losses: list[float] = []
         shares: list[float] = []
         start = time.perf_counter()
         for batch in self._batches(examples, steps):
-            loss, right = answer_loss(actor, batch, device)
+            longest = max(len(prompt.token_ids) + len(prompt.completions[0]) for prompt in batch)
+            (packed,) = pack(trajectories_of(batch), longest * len(batch), share_prompts=False)
+            answers = answer_loss(actor, packed.to(device))
+            loss = answers.loss / answers.tokens
             losses.append(loss.item())
-            shares.append(right.item())
+            shares.append(answers.right_texts / answers.texts)
             recent = shares[-SMOOTHING:]
             if self.until and len(recent) == SMOOTHING and sum(recent) / SMOOTHING >= self.until:
                 break
@@ -136,7 +137,7 @@ class SupervisedWarmup(Callback):
             f"exact answers {shares[0]:.0%} -> {exact:.0%}"
         )
 
-    def _batches(self, examples: Sequence[Example], steps: int) -> Iterator[list[Example]]:
+    def _batches(self, examples: Sequence[Prompt], steps: int) -> Iterator[list[Prompt]]:
         """`steps` batches; the prompts come in a new order once all have come."""
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
@@ -146,31 +147,9 @@ class SupervisedWarmup(Callback):
             chosen, order = order[: self.batch_size], order[self.batch_size :]
             yield [examples[i] for i in chosen]
 
-    def _example(self, prompt: Prompt, index: int, tokenizer: Any) -> Example:
+    def _example(self, prompt: Prompt, index: int, tokenizer: Any) -> Prompt:
         if self.answer_column not in prompt.fields:
             known = unknown_name("column", self.answer_column, prompt.fields)
             raise ValueError(f"SupervisedWarmup: training prompt {index}: {known}")
-        answer = str(prompt.fields[self.answer_column])
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return list(prompt.token_ids), [*ids, tokenizer.eos_token_id]
-
-
-def answer_loss(actor: Any, batch: Sequence[Example], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) over the answer tokens, and the share of answers that greedy decoding gets right.
-
-    An answer is right if each of its tokens is the most likely one after those before it.
-    """
-    length = max(len(prompt) + len(answer) for prompt, answer in batch)
-    ids_BL = torch.zeros(len(batch), length, dtype=torch.long)
-    seen_BL, is_answer_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(batch):
-        end = len(prompt) + len(answer)
-        ids_BL[row, :end] = torch.tensor(prompt + answer)
-        seen_BL[row, :end] = 1
-        is_answer_BL[row, len(prompt) : end] = True
-    ids_BL, seen_BL, is_answer_BL = ids_BL.to(device), seen_BL.to(device), is_answer_BL.to(device)
-    logits_BLV = actor(input_ids=ids_BL, attention_mask=seen_BL, use_cache=False).logits[:, :-1]
-    target, scored = ids_BL[:, 1:], is_answer_BL[:, 1:]
-    loss = cross_entropy(logits_BLV[scored].float(), target[scored])
-    right_B = ((logits_BLV.argmax(-1) == target) | ~scored).all(dim=1)
-    return loss, right_B.float().mean()
+        answer = completion_ids(tokenizer, prompt, prompt.text + str(prompt.fields[self.answer_column]))
+        return replace(prompt, completions=(answer,))

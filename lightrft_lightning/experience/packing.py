@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lightrft_lightning.experience.trajectory import Trajectory
 
-_PROMPT = -1
+PROMPT = -1
+"""`PackedBatch.branch` of a prompt's tokens."""
 _PADDING = -1
 
 
@@ -94,11 +95,18 @@ class PackedBatch:
                 "attn_implementation='sdpa', or pack with share_prompts=False"
             )
         same_piece = self.piece[:, :, None] == self.piece[:, None, :]
-        visible = (self.branch[:, None, :] == _PROMPT) | (self.branch[:, :, None] == self.branch[:, None, :])
+        visible = (self.branch[:, None, :] == PROMPT) | (self.branch[:, :, None] == self.branch[:, None, :])
         mask = (same_piece & visible).tril_()[:, None]
         if implementation == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column of the last token of each trajectory in the batch, and which one it is; each ``[T]``."""
+        following = torch.nn.functional.pad(self.branch[:, 1:], (0, 1), value=PROMPT)
+        row, column = ((self.branch != PROMPT) & (self.branch != following)).nonzero(as_tuple=True)
+        # The flat arrays go through rows, pieces and branches in the same order.
+        return row, column, self.trajectory.unique_consecutive()
 
     def pack_values(self, values: Sequence[Tensor | Sequence[float]]) -> Tensor:
         """Per-token values of all trajectories → those of this batch's policy tokens.
@@ -251,7 +259,7 @@ def _build(trajectories: Sequence[Trajectory], rows: list[list[list[int]]], shar
             prompt_end = len(ids[r]) + len(prompt) - 1
             ids[r] += prompt
             positions[r] += range(len(prompt))
-            branches[r] += [_PROMPT] * len(prompt)
+            branches[r] += [PROMPT] * len(prompt)
             for b, index in enumerate(piece):
                 completion, start = trajectories[index].completion.token_ids, len(ids[r])
                 for k, keep in enumerate(trajectories[index].mask):
@@ -266,7 +274,7 @@ def _build(trajectories: Sequence[Trajectory], rows: list[list[list[int]]], shar
         input_ids=_pad(ids, 0),
         position_ids=_pad(positions, 0),
         piece=_pad(pieces, _PADDING),
-        branch=_pad(branches, _PROMPT),
+        branch=_pad(branches, PROMPT),
         row=row_,
         column=column,
         target=target,

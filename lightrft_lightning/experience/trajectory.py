@@ -21,6 +21,8 @@ class Prompt:
         fields: all other columns of the row (e.g. ``answer``), handed to the reward functions by name.
         filler: repeats another prompt so that all ranks have equally many; its completions do not count.
         messages: the conversation that `text` was rendered from; empty if it was plain text.
+        completions: ids of the texts that the row itself gives after the prompt, each with its end token: the answer
+            for supervised training, the chosen and the rejected text for a reward model.
     """
 
     token_ids: tuple[int, ...]
@@ -28,6 +30,7 @@ class Prompt:
     fields: Mapping[str, Any] = field(default_factory=dict)
     filler: bool = False
     messages: tuple[Mapping[str, Any], ...] = ()
+    completions: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ class LogProbs(NamedTuple):
     Attributes:
         logprobs: ``[N]`` log-probability of each token.
         entropy: ``[N]`` entropy (nats) of the distribution it was drawn from, without gradient; None if not asked for.
+        greedy: ``[N]`` bool, whether it is the most likely token; None if not asked for.
         hidden: ``[N, H]`` the backbone's output that the distribution was computed from; None if not asked for.
     """
 
     logprobs: Tensor
     entropy: Tensor | None
+    greedy: Tensor | None
     hidden: Tensor | None
 
 
@@ -40,6 +42,7 @@ def completion_logprobs(
     temperature: float | Tensor = 1.0,
     chunk_size: int = 512,
     entropy: bool = False,
+    greedy: bool = False,
     hidden: bool = False,
 ) -> LogProbs:
     """Log-probabilities of a batch's policy tokens under `model`.
@@ -59,6 +62,7 @@ def completion_logprobs(
         chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
             size.
         entropy: also compute the entropy of each distribution.
+        greedy: also say of each token whether it is the most likely one.
         hidden: also return the hidden states, with gradient, for a head of the caller's.
 
     Raises:
@@ -88,7 +92,7 @@ def completion_logprobs(
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
-        scored = _chunked(head, hidden_NH, batch.target, temperatures, chunks, entropy)
+        scored = _chunked(head, hidden_NH, batch.target, temperatures, chunks, entropy, greedy)
         return scored._replace(hidden=hidden_NH) if hidden else scored
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
@@ -175,10 +179,13 @@ def _chunked(
     temperature_N: Tensor,
     chunks: int,
     entropy: bool,
+    greedy: bool,
 ) -> LogProbs:
     warm = bool((temperature_N != 1).any())
 
-    def score(hidden_CH: Tensor, target_C: Tensor, temperature_C: Tensor) -> tuple[Tensor, Tensor | None]:
+    def score(
+        hidden_CH: Tensor, target_C: Tensor, temperature_C: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits_CV = head(hidden_CH)
         # A log-softmax in bfloat16 is off by up to 0.08.
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
@@ -187,19 +194,24 @@ def _chunked(
         logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
         with torch.no_grad():
             entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1) if entropy else None
-        return logprobs_C, entropy_C
+            greedy_C = logits_CV.argmax(-1) == target_C if greedy else None
+        return logprobs_C, entropy_C, greedy_C
 
-    logprobs, entropies = [], []
+    results = []
     parts = (values.tensor_split(chunks) for values in (hidden_NH, target_N, temperature_N))
     for part in zip(*parts, strict=True):
         if torch.is_grad_enabled():
             # The head draws no random numbers, so its state need not be kept for the second run.
-            result = checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+            results.append(checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False))
         else:
-            result = score(*part)
-        logprobs.append(result[0])
-        entropies.append(result[1])
-    return LogProbs(torch.cat(logprobs), torch.cat(entropies) if entropy else None, None)
+            results.append(score(*part))
+    logprobs, entropies, likely = zip(*results, strict=True)
+    return LogProbs(
+        logprobs=torch.cat(logprobs),
+        entropy=torch.cat(entropies) if entropy else None,
+        greedy=torch.cat(likely) if greedy else None,
+        hidden=None,
+    )
 
 
 @contextmanager

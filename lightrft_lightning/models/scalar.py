@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning.experience.packing import PackedBatch
+from lightrft_lightning.experience.packing import PROMPT, PackedBatch
 from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
 from lightrft_lightning.models.logprobs import check_layout, replaced_forward
 from lightrft_lightning.models.streaming import parameters_on_meta
@@ -115,16 +115,48 @@ def completion_values(model: Any, batch: PackedBatch) -> Tensor:
         ValueError: prompts are shared in `batch` and the model cannot take that.
         TypeError: `model` has no scalar head.
     """
+    return _numbers_at(model, batch, batch.row, batch.column)
+
+
+def completion_scores(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """What a reward model says about each of the T texts (prompt and completion) in `batch`.
+
+    It is what ``AutoModelForSequenceClassification`` gives for the text alone, without padding: the head's output at
+    the last token that is not the model's padding token. So where the end token pads as well, the text is scored at
+    the token before its end.
+
+    Args:
+        model: from `load_scalar_model`, prepared by a strategy or not.
+        batch: from `pack`, on the model's device.
+
+    Returns:
+        The scores ``[T]`` in float32, and the index of each text's trajectory ``[T]`` in the list given to `pack`.
+
+    Raises:
+        ValueError: as `completion_values`.
+        TypeError: as `completion_values`.
+    """
+    row, column, trajectory = batch.ends()
+    piece, branch = batch.piece[row], batch.branch[row]  # of the whole rows, [T, L]
+    own_branch, own_piece = (table[row, column][:, None] for table in (batch.branch, batch.piece))
+    is_text = (piece == own_piece) & ((branch == own_branch) | (branch == PROMPT))
+    is_text &= batch.input_ids[row] != model.config.get_text_config().pad_token_id
+    last = (is_text * torch.arange(1, piece.shape[1] + 1, device=piece.device)).amax(dim=1) - 1
+    return _numbers_at(model, batch, row, last), trajectory
+
+
+def _numbers_at(model: Any, batch: PackedBatch, row: Tensor, column: Tensor) -> Tensor:
+    """``[N]``, at least float32: the head's output at these positions of the rows."""
     check_layout(model, batch)
     backbone, head = model.base_model, scalar_head(model)
 
     def forward(**inputs: Any) -> Tensor:
-        hidden = backbone(**inputs).last_hidden_state[batch.row, batch.column]
-        return head(hidden)
+        return head(backbone(**inputs).last_hidden_state[row, column])
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
     if batch.shared:
         inputs["position_ids"] = batch.position_ids
     with replaced_forward(model, forward):
-        return model(**inputs)[:, 0].float()
+        numbers = model(**inputs)[:, 0]
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))

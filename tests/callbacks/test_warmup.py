@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightrft_lightning import PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
-from lightrft_lightning.callbacks.warmup import SupervisedWarmup, answer_loss
+from lightrft_lightning.callbacks.warmup import SupervisedWarmup
 from lightrft_lightning.models.tiny import tiny_llama
 from lightrft_lightning.tasks import addition
 
@@ -127,30 +127,6 @@ def test_fast_dev_run_takes_one_step(tiny_tokenizer, tmp_path, caplog):
     caplog.set_level("INFO")
     fit(SupervisedWarmup(50), tiny_tokenizer, tmp_path, fast_dev_run=True)
     assert "Supervised warm-up: 1 steps" in caplog.text
-
-
-def test_loss_counts_the_answer_and_its_end_only(tiny_model):
-    """Padding, the other rows and the prompt's own tokens change nothing; the right share is greedy decoding's."""
-    model = tiny_model.eval()
-    batch = [([4, 5, 13], [7, 2]), ([6], [8, 9, 2]), ([3, 3, 3, 3, 3], [2])]
-    with torch.no_grad():
-        loss, _ = answer_loss(model, batch, torch.device("cpu"))
-        total, tokens = 0.0, 0
-        for prompt, answer in batch:
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            total -= logits.log_softmax(-1)[range(len(answer)), answer].sum()
-            tokens += len(answer)
-        assert loss.item() == pytest.approx(total.item() / tokens, rel=1e-5)
-        prompts = [[4, 5, 13], [6], [3, 3]]
-        greedy = [
-            model.generate(torch.tensor([p]), do_sample=False, max_new_tokens=2, min_new_tokens=2)[0, len(p) :].tolist()
-            for p in prompts
-        ]
-        wrong = [(g[0], (g[1] + 1) % 16) for g in greedy]
-        _, share = answer_loss(
-            model, [*zip(prompts, greedy, strict=True), (prompts[0], [*wrong[0]])], torch.device("cpu")
-        )
-    assert share.item() == 0.75
 
 
 def test_bad_settings(tiny_tokenizer, tmp_path):

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
-from lightrft_lightning.models.scalar import completion_values, load_scalar_model
+from lightrft_lightning.models.scalar import completion_scores, completion_values, load_scalar_model
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 SMALL = {"name": "tiny-llama", "layers": 2, "width": 32, "heads": 2}
@@ -48,6 +48,31 @@ def test_values_are_those_of_each_state_alone():
             before = [*t.prompt.token_ids, *t.completion.token_ids[: int(position)]]
             alone = model.score(model.model(torch.tensor([before])).last_hidden_state[0, -1])
             torch.testing.assert_close(value, alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [0, 2, None])
+@pytest.mark.parametrize("shared", [True, False])
+def test_scores_are_those_of_hugging_face_for_each_text_alone(shared, pad):
+    """Also where the padding token is the end token (2), or occurs in the text."""
+    model = model_with_a_random_head()
+    model.config.pad_token_id = pad
+    trajectories = [
+        trajectory([3, 4, 5], [6, 7, 8, 2], 0),
+        trajectory([3, 4, 5], [2], 0),
+        trajectory([3, 4, 5], [9, 2, 2], 0),
+        trajectory([10, 3], [4, 0, 5, 6, 2], 1, mask=(True, False, False, True, False)),
+        trajectory([10, 3], [7, 0], 1),
+        trajectory([4], [9, 9], 2),
+    ]
+    seen = []
+    for batch in pack(trajectories, 12, share_prompts=shared):
+        scores, index = completion_scores(model, batch)
+        for score, i in zip(scores, index.tolist(), strict=True):
+            t = trajectories[i]
+            alone = model(input_ids=torch.tensor([[*t.prompt.token_ids, *t.completion.token_ids]])).logits[0, 0]
+            torch.testing.assert_close(score, alone, atol=1e-5, rtol=1e-5)
+            seen.append(i)
+    assert sorted(seen) == list(range(6))
 
 
 def test_gradients_reach_backbone_and_head():

@@ -1,0 +1,72 @@
+"""What the package's modules ask of the Trainer that runs them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightrft_lightning._errors import import_extra
+from lightrft_lightning.strategies.base import StrategyBase
+
+LR_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def check_strategy(module: pl.LightningModule) -> None:
+    """For `setup`.
+
+    Raises:
+        TypeError: the Trainer has a strategy that is not one of this package.
+    """
+    if not isinstance(module.trainer.strategy, StrategyBase):
+        raise TypeError(
+            f"{type(module).__name__} trains through a lightrft strategy, got "
+            f"{type(module.trainer.strategy).__name__}: use Trainer(strategy='lightrft_fake')"
+        )
+    # Its advice is to save the weights of before the step, from which a resumed run could not go on.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
+
+def with_lr_schedule(
+    module: Any, model: Any, settings: Any, steps_per_batch: int = 1, idle_batches: int = 0
+) -> dict[str, Any]:
+    """An optimizer and its schedule over all steps of the fit, as `configure_optimizers` returns them.
+
+    Args:
+        module: the `LightningModule`.
+        model: what the optimizer trains.
+        settings: what has ``lr``, ``weight_decay``, ``lr_schedule`` and ``warmup_ratio``.
+        steps_per_batch: optimizer steps of one batch.
+        idle_batches: in which it makes no step.
+
+    Raises:
+        ValueError: the number of steps is not known.
+    """
+    optimizer = module.strategy.create_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    if settings.lr_schedule == "constant" and not settings.warmup_ratio:
+        return {"optimizer": optimizer}
+    trainer = module.trainer
+    steps: float = trainer.max_steps
+    if steps <= 0:
+        steps = (_planned_batches(trainer) - idle_batches) * steps_per_batch
+    if not 0 < steps < float("inf"):
+        raise ValueError(
+            f"lr_schedule={settings.lr_schedule!r}, warmup_ratio={settings.warmup_ratio} need a known number of "
+            "steps: set Trainer(max_epochs=...) or max_steps"
+        )
+    name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
+    get_scheduler = import_extra("transformers", "hf").get_scheduler
+    warmup = round(int(steps) * settings.warmup_ratio)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _planned_batches(trainer: pl.Trainer) -> float:
+    if trainer.datamodule is None:  # type: ignore[attr-defined]
+        return trainer.estimated_stepping_batches
+    # Not `estimated_stepping_batches`: it sets the data loader up before Lightning has read the loader's position
+    # from the checkpoint, and a resumed run would then start the data from the beginning.
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    return (trainer.max_epochs or 0) * (min(batches, limit) if isinstance(limit, int) else int(batches * limit))

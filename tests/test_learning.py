@@ -1,0 +1,26 @@
+"""Presets do not only compute what their papers say, they learn: two of the table that the docs quote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("algorithm", ["gspo", "ppo"])
+def test_exact_answers_rise_from_at_most_40_to_at_least_80_percent(tmp_path, algorithm):
+    config, out = ROOT / "examples" / "tiny_from_scratch.yaml", tmp_path / "learning.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "learning.py"), str(config), "--algorithms", algorithm]
+    done = subprocess.run(
+        [*command, "--seeds", "1", "--out", str(out)], capture_output=True, text=True, timeout=1100, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["validation before"] <= 0.4 and row["validation after"] >= 0.8, row
+    assert out.with_suffix(".png").stat().st_size > 10_000
