@@ -182,8 +182,9 @@ class Episodes:
     ) -> None:
         """The next turn of each, in one call of the engine for each of the limits."""
         seed = derive_seed(sampling.seed, _LATER_TURNS, number)
+        limit_of = [limits[len(p.ids), p.room] for p in going]  # before any of them grows
         for limit in sorted(set(limits.values()), reverse=True):
-            mine = [p for p in going if limits[len(p.ids), p.room] == limit]
+            mine = [p for p, own in zip(going, limit_of, strict=True) if own == limit]
             streams = [p.trajectory.group * sampling.n + p.sample for p in mine]
             turns = engine.generate(
                 [p.ids for p in mine], replace(sampling, n=1, max_new_tokens=limit, seed=seed), streams
