@@ -94,7 +94,7 @@ def check_hot_first_tokens_and_replaced_prompts():
     assert max(curve.mismatch) < 1e-3, curve.mismatch
     with (
         checks.unwatched(),
-        pytest.raises(ValueError, match="first_token_temperature=.*: VLLMRollout takes at most 2"),
+        pytest.raises(ValueError, match="VLLMRollout takes at most 2"),
     ):
         train(3, settings={"first_token_temperature": 5.0})
 
