@@ -359,7 +359,7 @@ class PromptDataModule(pl.LightningDataModule):
 
     Args:
         train: source of the training prompts, see `load_rows`.
-        val: source of the prompts of `validate` and `test`.
+        val: source of the prompts of `validate` and `test`; several as ``{name: source}``, each logged by itself too.
         predict: source of the prompts of `predict`.
         batch_size: prompts of one training batch on one rank.
         val_batch_size: the same for the others; default: `batch_size`.
@@ -380,6 +380,7 @@ class PromptDataModule(pl.LightningDataModule):
 
     Attributes:
         train_prompts: the training prompts after `setup`; likewise `val_prompts` and `predict_prompts`.
+        val_names: the names of the sources in `val`; none if there is one source. Then `val_prompts` is a dict.
     """
 
     def __init__(
@@ -405,6 +406,10 @@ class PromptDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources = {"train": train, "val": val, "predict": predict}
+        # A mapping with this key is a task, see `load_rows`.
+        named = val if isinstance(val, Mapping) and "task" not in val else {}
+        self.val_names = tuple(named)
+        self.sources |= {f"val/{name}": source for name, source in named.items()}
         self.batch_size = batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.prompt_column = prompt_column
@@ -421,7 +426,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.completion_columns = completion_columns
         self.max_length = max_length
         self.train_prompts: list[Prompt] = []
-        self.val_prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] | dict[str, list[Prompt]] = []
         self.predict_prompts: list[Prompt] = []
         self._tokenized_with: dict[str, Any] = {}
         self._check_settings()
@@ -435,6 +440,11 @@ class PromptDataModule(pl.LightningDataModule):
                 raise ValueError(f"PromptDataModule({name}={value!r}): must be at least 1")
         if self.template is not None and not all(name.isidentifier() for name in template_columns(self.template)):
             raise ValueError(f"template={self.template!r}: name the columns, e.g. 'What is {{a}} + {{b}}?'")
+        for name in self.val_names:
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(f"PromptDataModule(val=...): {name!r} must be a name without a slash")
+        if isinstance(self.sources["val"], Mapping) and not self.sources["val"]:
+            raise ValueError("PromptDataModule(val={}): give a source, or {name: source}")
 
     @override
     def setup(self, stage: str) -> None:
@@ -448,7 +458,7 @@ class PromptDataModule(pl.LightningDataModule):
             # Lightning calls `setup` before every fit and validate.
             how = (tokenizer, self._columns_with_completions())
             if self.sources[name] is not None and self._tokenized_with.get(name) != how:
-                setattr(self, f"{name}_prompts", self._load(name, tokenizer))
+                setattr(self, f"{name}_prompts", self._load_all(name, tokenizer))
                 self._tokenized_with[name] = how
         if stage == "fit":
             self.train_dataloader()  # raises if a batch is larger than the data set
@@ -459,7 +469,10 @@ class PromptDataModule(pl.LightningDataModule):
 
     @override
     def val_dataloader(self) -> Any:
-        return self._loader(self.val_prompts, self.val_batch_size) if self.val_prompts else []
+        prompts = self.val_prompts
+        if isinstance(prompts, dict):
+            return [self._loader(of_one, self.val_batch_size) for of_one in prompts.values()]
+        return self._loader(prompts, self.val_batch_size) if prompts else []
 
     @override
     def test_dataloader(self) -> Any:
@@ -494,6 +507,11 @@ class PromptDataModule(pl.LightningDataModule):
         if tokenizer is None:
             raise ValueError("no tokenizer: pass PromptDataModule(tokenizer=...) or train a module that has one")
         return tokenizer
+
+    def _load_all(self, name: str, tokenizer: Any) -> list[Prompt] | dict[str, list[Prompt]]:
+        if name == "val" and self.val_names:
+            return {one: self._load(f"val/{one}", tokenizer) for one in self.val_names}
+        return self._load(name, tokenizer)
 
     def _load(self, name: str, tokenizer: Any) -> list[Prompt]:
         rows = load_rows(self.sources[name], self.limit, self.prompt_column)

@@ -46,12 +46,16 @@ class SampleResult(NamedTuple):
     reward: float | None
     reward_parts: dict[str, float]
     group: int
+    turns: int = 0
+    errors: int = 0
+    observed: int = 0
 
 
 def sample_result(t: Trajectory) -> SampleResult:
-    """Length in tokens, whether the completion ended by itself, the reward, and whose completion it is."""
-    finished = t.completion.finish_reason != "length"
-    return SampleResult(len(t.completion.token_ids), finished, t.reward, dict(t.reward_parts), t.group)
+    """Policy tokens, whether the completion ended by itself, the reward, whose completion it is, and its episode."""
+    finished, written = t.completion.finish_reason != "length", sum(t.mask)
+    episode = (len(t.episode.turns), t.episode.errors, len(t.mask) - written) if t.episode else ()
+    return SampleResult(written, finished, t.reward, dict(t.reward_parts), t.group, *episode)
 
 
 def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
@@ -61,6 +65,10 @@ def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
     if rewards:
         metrics["reward"] = mean(rewards)
         metrics["reward_std"] = mean([(r - metrics["reward"]) ** 2 for r in rewards]) ** 0.5
+    if any(s.turns for s in samples):
+        metrics |= {"turns": mean([s.turns for s in samples]), "tool_errors": mean([s.errors for s in samples])}
+        observed = sum(s.observed for s in samples)
+        metrics["observation_share"] = observed / (observed + sum(s.length for s in samples))
     for name in sorted({name for s in samples for name in s.reward_parts}):
         metrics[f"reward/{name}"] = mean([s.reward_parts[name] for s in samples if name in s.reward_parts])
     return metrics

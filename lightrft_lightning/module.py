@@ -30,6 +30,7 @@ from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.critic import Critic, as_critic, critic_values, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
+from lightrft_lightning.environments.episodes import Episodes, with_environment
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.refill import Refill, informative_groups
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
@@ -70,10 +71,15 @@ class RLHFModule(pl.LightningModule):
 
     Args:
         model: Hugging Face folder, GGUF file, hub id, registered name (see `load_model`), or a model object.
-        rewards: reward functions, as `Rewards` takes them, or a `Rewards`.
+        rewards: reward functions, as `Rewards` takes them, or a `Rewards`; may be left out with an environment.
         tokenizer: default: the one of `model`.
         sampling: how training completions are drawn; `sampling.n` is the group size.
         val_sampling: the same for validation, test and prediction; default: greedy, one completion a prompt.
+        environment: what answers the policy's turns, as `environments.Episodes` takes it. Its rewards, summed over the
+            turns, are the reward function ``environment``, whose weight is 1 if `rewards` does not name it.
+        max_turns: most turns of a trajectory in the environment; default: 8.
+        max_length: most tokens of a prompt with its trajectory in the environment, observations included; default: what
+            `token_budget` and the model allow. `sampling.max_new_tokens` bounds what the policy writes in all turns.
         first_token_temperature: that of the first token of training completions, for more variety (FIRE sampling, arXiv
             2410.21236, which has 30); None: that of the others.
         algorithm: name in `algorithms.PRESETS`, like ``dapo``: sets `algorithms.PRESET_SETTINGS` at once, and says so.
@@ -115,7 +121,7 @@ class RLHFModule(pl.LightningModule):
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: lay out a group with its prompt once; False pads one row a completion.
-        pass_threshold: reward from which on a completion passes, for ``val/pass@k``.
+        pass_threshold: reward from which on a completion passes, for ``val/pass@k``; one whose reward failed does not.
         seed: fixes all sampling; default: Lightning's global seed.
         reward_deadline: seconds that one call of a reward function may take.
         reward_on_error: ``drop`` leaves a sample whose reward failed out of the update; a number is its reward.
@@ -131,6 +137,9 @@ class RLHFModule(pl.LightningModule):
         tokenizer: Any = None,
         sampling: SamplingParams = DEFAULT_SAMPLING,
         val_sampling: SamplingParams | None = None,
+        environment: Any = None,
+        max_turns: int | None = None,
+        max_length: int | None = None,
         first_token_temperature: float | None = None,
         algorithm: str | None = None,
         advantage_estimator: str | None = None,
@@ -171,7 +180,7 @@ class RLHFModule(pl.LightningModule):
         reward_on_error: str | float = "drop",
     ) -> None:
         super().__init__()
-        if model is None or rewards is None:
+        if model is None or (rewards is None and environment is None):
             raise ValueError(f"RLHFModule needs `{'model' if model is None else 'rewards'}`")
         sampling = _as_sampling(sampling)
         greedy = SamplingParams(temperature=0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
@@ -220,13 +229,21 @@ class RLHFModule(pl.LightningModule):
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
         self.token_budget, self.share_prompts = token_budget, share_prompts
         self.pass_threshold = pass_threshold
+        self.max_turns, self.max_length = max_turns, max_length
         self.seed = global_seed() if seed is None else seed
         self._check_settings()
-        self._save_hyperparameters(model, rewards)
+        self._save_hyperparameters(model, rewards, environment)
         if not isinstance(rewards, Rewards):
+            rewards = "environment" if rewards is None else rewards
             rewards = Rewards(rewards, deadline=reward_deadline, on_error=reward_on_error)
         elif (reward_deadline, reward_on_error) != (30.0, "drop"):
             raise ValueError("`rewards` is a `Rewards`: set its deadline and on_error there")
+        self.episodes: Episodes | None = None
+        if environment is not None:
+            self.episodes = Episodes(environment, max_turns or 8, rewards.deadline)
+            rewards = with_environment(rewards)
+        elif (max_turns, max_length) != (None, None) or "environment" in rewards.names:
+            raise ValueError("max_turns, max_length and the reward 'environment' need RLHFModule(environment=...)")
         self.rewards = rewards
         self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
@@ -239,7 +256,8 @@ class RLHFModule(pl.LightningModule):
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
         """What the latest rollout produced, for callbacks that show it."""
-        self._evaluated: list[list[SampleResult]] = []
+        self._evaluated: dict[int, list[list[SampleResult]]] = {}
+        """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_add_frozen)
@@ -324,6 +342,8 @@ class RLHFModule(pl.LightningModule):
         groups: dict[int, list[Trajectory]] = {}
         ids = [p.token_ids for p in prompts]
         hot = self.first_token_temperature if self.trainer.training else None
+        if self.episodes is not None:
+            self.episodes.prepare(self.tokenizer, prompts)
         with engine.awake():
             for i, completions in (
                 stream_with_hot_start(engine, ids, sampling, numbers, hot)
@@ -331,10 +351,22 @@ class RLHFModule(pl.LightningModule):
                 else engine.stream(ids, sampling, numbers)
             ):
                 groups[i] = [] if prompts[i].filler else self._trajectories(prompts[i], completions, numbers[i])
-                if on_group is not None:
+                if on_group is not None and self.episodes is None:
                     on_group(groups[i])
+            if self.episodes is not None:
+                first_turns = [groups[i] for i in range(len(prompts))]
+                for group in self.episodes.play(
+                    first_turns, engine, self.tokenizer, sampling, self._longest(), self.strategy.gather_objects
+                ):
+                    if on_group is not None:
+                        on_group(list(group))
         self.last_trajectories = [t for i in range(len(prompts)) for t in groups[i]]
         return self.last_trajectories
+
+    def _longest(self) -> int:
+        """Most tokens of a prompt with its completion."""
+        window = getattr(self.actor.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+        return min(limit for limit in (self.max_length, self.token_budget, window) if limit is not None)
 
     def _trajectories(self, prompt: Prompt, completions: Sequence[Completion], group: int) -> list[Trajectory]:
         return [
@@ -391,7 +423,7 @@ class RLHFModule(pl.LightningModule):
         """``[B]`` rewards as the advantages are computed from; `Trajectory.reward` stays as it is."""
         rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
         if self.overlong_buffer:
-            lengths = torch.tensor([len(t.completion.token_ids) for t in trajectories])
+            lengths = torch.tensor([sum(t.mask) for t in trajectories])
             limit = self.sampling.max_new_tokens
             penalties = algorithms.overlong_penalty(lengths, limit, self.overlong_buffer, self.overlong_factor)
             for t, penalty in zip(trajectories, penalties.tolist(), strict=True):
@@ -687,13 +719,13 @@ class RLHFModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- evaluation
 
-    def validation_step(self, batch: list[Prompt], batch_idx: int) -> None:
+    def validation_step(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate with `val_sampling` and score, without touching training; the end of the epoch logs."""
-        self._evaluate(batch, batch_idx)
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: list[Prompt], batch_idx: int) -> None:
+    def test_step(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int = 0) -> None:
         """As `validation_step`."""
-        self._evaluate(batch, batch_idx)
+        self._evaluate(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: list[Prompt], batch_idx: int) -> list[dict[str, Any]]:
         """Completions as dicts with ``prompt``, ``completion``, ``token_ids`` and ``finish_reason``."""
@@ -707,20 +739,24 @@ class RLHFModule(pl.LightningModule):
             for t in self.rollout(batch, self._evaluation_sampling(batch_idx))
         ]
 
-    def _evaluate(self, batch: list[Prompt], batch_idx: int) -> None:
-        trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx))
+    def _evaluate(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int) -> None:
+        trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx, dataloader_idx))
         self.rewards.score(trajectories, self.strategy)
         groups: dict[int, list[SampleResult]] = {}
         for sample in self._gather_samples(trajectories):
             groups.setdefault(sample.group, []).append(sample)
-        self._evaluated += groups.values()
+        self._evaluated.setdefault(dataloader_idx, []).extend(groups.values())
 
     def _log_evaluation(self, stage: str) -> None:
-        """Over all prompts of the evaluation, in which each counts once."""
-        groups, self._evaluated = self._evaluated, []
-        metrics = reward_metrics([s for group in groups for s in group]) | pass_metrics(groups, self.pass_threshold)
-        # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True)
+        """Over all prompts of the evaluation, in which each counts once, and over those of each set that has a name."""
+        names = getattr(self.trainer.datamodule, "val_names", ())  # type: ignore[attr-defined]
+        evaluated, self._evaluated = self._evaluated, {}
+        sets = {stage: [group for groups in evaluated.values() for group in groups]}
+        sets |= {f"{stage}/{name}": evaluated.get(i, []) for i, name in enumerate(names)}
+        for prefix, groups in sets.items():
+            metrics = reward_metrics([s for group in groups for s in group]) | pass_metrics(groups, self.pass_threshold)
+            # The values are the same on every rank; without sync_dist Lightning would warn that they may not be.
+            self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -731,7 +767,7 @@ class RLHFModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def _start_evaluation(self) -> None:
-        self._evaluated = []  # of an evaluation that was broken off
+        self._evaluated = {}  # of an evaluation that was broken off
 
     on_validation_epoch_start = on_test_epoch_start = _start_evaluation
 
@@ -811,6 +847,7 @@ class RLHFModule(pl.LightningModule):
         longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
         limits = {
             "token_budget": self.token_budget,
+            "max_length": self.max_length,
             "the model's max_position_embeddings": getattr(self.actor.config, "max_position_embeddings", None),  # type: ignore[union-attr]
         }
         for name, limit in limits.items():
@@ -957,6 +994,9 @@ class RLHFModule(pl.LightningModule):
             "epochs_per_rollout": (self.epochs_per_rollout >= 1, "at least 1"),
             "steps_per_epoch": (self.steps_per_epoch >= 1, "at least 1"),
             "token_budget": (self.token_budget >= 1, "at least 1"),
+            "max_turns": (self.max_turns is None or self.max_turns >= 1, "at least 1"),
+            "max_length": (self.max_length is None or 1 <= self.max_length <= self.token_budget, "1 to token_budget"),
+            "pass_threshold": (abs(self.pass_threshold) < float("inf"), "a finite number"),
         }
         for name, (ok, allowed) in checks.items():
             if not ok:
@@ -1021,13 +1061,14 @@ class RLHFModule(pl.LightningModule):
                 "the trainer computes; train with top_p=1, top_k=0 and set them in val_sampling"
             )
 
-    def _save_hyperparameters(self, model: Any, rewards: Any) -> None:
+    def _save_hyperparameters(self, model: Any, rewards: Any, environment: Any) -> None:
         """Plain values only, so that a checkpoint can be read with `weights_only=True`."""
         plain = {
             "sampling": dataclasses.asdict(self.sampling),
             "val_sampling": dataclasses.asdict(self.val_sampling),
             "model": str(model) if isinstance(model, PathLike) else model if isinstance(model, str | Mapping) else None,
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
+            "environment": environment if isinstance(environment, str | Mapping) else None,
             "critic": self.critic_settings and self.critic_settings.plain(),
         }
         names = (
@@ -1036,13 +1077,14 @@ class RLHFModule(pl.LightningModule):
             "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
             "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
-            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "seed",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "max_turns",
+            "max_length", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
 
-    def _evaluation_sampling(self, batch_idx: int) -> SamplingParams:
+    def _evaluation_sampling(self, batch_idx: int, dataloader_idx: int = 0) -> SamplingParams:
         """The same draws at every evaluation, so that two of them differ by their weights alone."""
-        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, 0)
+        seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, dataloader_idx)
         return dataclasses.replace(self.val_sampling, seed=seed)
 
     def _iteration_sampling(self) -> SamplingParams:

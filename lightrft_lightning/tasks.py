@@ -57,6 +57,7 @@ def addition(
     answer_template: str = "{sum}",
     reverse: bool = False,
     pairs: bool = False,
+    trace_template: str | None = None,
 ) -> list[Row]:
     """Sums of two integers from `low` to `high`, both included. No problem comes twice until all have come.
 
@@ -72,10 +73,11 @@ def addition(
         reverse: write the answer from its last character to its first. A model that starts from nothing learns
             addition much faster with the least significant digit first, as carries then come from what it has written.
         pairs: give a wrong answer too, any other sum that numbers in this range have, for reward models.
+        trace_template: format string over ``a``, ``b`` and ``sum`` of a solution step by step, for a supervised start.
 
     Returns:
         Rows with ``prompt`` and ``answer``, both text; of pairs also with ``chosen``, which is the answer, and
-        ``rejected``.
+        ``rejected``; with a `trace_template` also with ``trace``.
 
     Raises:
         ValueError: an unknown split, no problem fits, or pairs of sums that are all the same.
@@ -95,6 +97,8 @@ def addition(
             wrong = rng.randrange(2 * low, 2 * high)
             wrong += wrong >= a + b
             row |= {"chosen": row["answer"], "rejected": answer_template.format(sum=wrong)[::step]}
+        if trace_template is not None:
+            row["trace"] = trace_template.format(a=a, b=b, sum=a + b)
         rows.append(row)
     return rows
 

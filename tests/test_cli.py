@@ -106,6 +106,15 @@ def test_own_callbacks_replace_the_default_ones(config):
     assert {c.filename for c in cli.trainer.callbacks if isinstance(c, ModelCheckpoint)} == {None}
 
 
+def test_validate_prints_pass_at_k_of_every_set(config, capsys):
+    sets = "{easy: {task: digits_addition, size: 3, high: 19}, hard: {task: digits_addition, size: 2}}"
+    flags = ["--data.val", sets, "--model.val_sampling", "{n: 4, max_new_tokens: 4}", "--model.pass_threshold", "-0.2"]
+    assert main(["validate", "--config", config, *flags]) == 0
+    printed = capsys.readouterr().out
+    for name in ("val/pass@1", "val/pass@4", "val/easy/pass@2", "val/hard/pass@4", "val/hard/mean@4"):
+        assert name in printed
+
+
 def test_resume_with_ckpt_path_last(config, capsys):
     path = with_callbacks(
         "    - TransformersRollout\n    - Summary\n    - {class_path: ModelCheckpoint, init_args: "

@@ -664,6 +664,18 @@ def test_small_validation_sets_are_fine(tokenizer):
     assert seen(module.val_dataloader()) == seen(module.test_dataloader()) == [["c"]]
 
 
+@pytest.mark.parametrize("val", [{}, {"a/b": ["1"]}, {"": ["1"]}, {3: ["1"]}])
+def test_names_of_validation_sets_are_checked(val):
+    with pytest.raises(ValueError, match=re.escape(f"{next(iter(val))!r} must be a name" if val else "val={}")):
+        PromptDataModule(val=val)
+
+
+def test_what_is_wrong_with_a_named_validation_set_is_raised_with_its_name(tokenizer):
+    data = PromptDataModule(val={"easy": ["1"], "hard": [{"question": "2"}]}, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"val/hard: row 0: unknown column 'prompt'"):
+        data.setup("validate")
+
+
 def test_without_validation(tokenizer):
     module = PromptDataModule(["a", "b"], batch_size=2, tokenizer=tokenizer)
     module.setup("fit")

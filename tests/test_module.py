@@ -19,6 +19,7 @@ from training import PROMPTS, Record, StopAt, assert_same, even_digits, make_dat
 
 from lightrft_lightning import (
     CheckpointError,
+    Rewards,
     RLHFModule,
     SamplingParams,
     StrategyConfig,
@@ -501,6 +502,41 @@ def test_pass_at_k_and_mean_over_all_held_out_prompts(tmp_path):
         assert metrics[f"val/pass@{k}"] == pytest.approx(sum(pass_at_k(6, c, k) for c in passed) / 5)
     assert metrics["val/mean@6"] == metrics["val/reward"] == pytest.approx(sum(map(sum, keep.rewards)) / 30)
     assert 0 < metrics["val/pass@1"] < metrics["val/pass@6"]
+
+
+def test_named_validation_sets_are_logged_apart_and_together(tmp_path):
+    def evaluate(**sets):
+        module = make_module(val_sampling=SamplingParams(n=4, max_new_tokens=6), pass_threshold=2.0)
+        data = make_data(val_batch_size=2, **sets)
+        return make_trainer(tmp_path).validate(module, data, verbose=False)[0], data
+
+    both, data = evaluate(val={"first": PROMPTS[:5], "rest": PROMPTS[5:8]})
+    assert data.val_names == ("first", "rest") and [len(p) for p in data.val_prompts.values()] == [5, 3]
+    alone, _ = evaluate(val=PROMPTS[:5])
+    for name, value in alone.items():
+        assert both[name.replace("val/", "val/first/")] == value
+    for name in ("reward", "pass@1", "pass@2", "pass@4", "mean@4", "length"):
+        assert both[f"val/{name}"] == pytest.approx((5 * both[f"val/first/{name}"] + 3 * both[f"val/rest/{name}"]) / 8)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
+def test_the_threshold_is_checked_before_work_starts(threshold):
+    with pytest.raises(ValueError, match=rf"RLHFModule\(pass_threshold={threshold}\): must be a finite number"):
+        make_module(pass_threshold=threshold)
+
+
+def test_a_failed_reward_does_not_pass(tmp_path):
+    calls = []
+
+    def every_other(completion):
+        calls.append(completion)
+        return 1.0 if len(calls) % 2 else float("nan")
+
+    rewards = Rewards(every_other, workers=1)
+    module = make_module(rewards=rewards, val_sampling=SamplingParams(n=2, max_new_tokens=6))
+    (metrics,) = make_trainer(tmp_path).validate(module, make_data(), verbose=False)
+    found = [metrics[f"val/{name}"] for name in ("pass@1", "pass@2", "mean@2")]
+    assert found == [0.5, 1.0, 1.0]
 
 
 def test_load_from_checkpoint(tmp_path):

@@ -93,6 +93,23 @@ class Completion:
             raise ValueError(f"{len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
 
 
+@dataclass(frozen=True)
+class Episode:
+    """What became of a trajectory in an environment.
+
+    Attributes:
+        turns: the texts that the policy wrote, one a turn.
+        reward: sum of the rewards of all steps.
+        errors: turns that the environment says asked for something that does not exist or went wrong.
+        failure: why the environment itself broke down; empty if it did not.
+    """
+
+    turns: tuple[str, ...]
+    reward: float
+    errors: int = 0
+    failure: str = ""
+
+
 @dataclass
 class Trajectory:
     """One completion with everything the update needs to know about it. Never padded, never re-tokenised.
@@ -102,8 +119,10 @@ class Trajectory:
         completion: what the engine produced.
         group: trajectories with the same number share a prompt and are compared with each other.
         policy_version: the engine's weights version at sampling time.
-        mask: True where the policy produced the token (all of them, unless a tool or environment wrote some).
+        mask: True where the policy produced the token (all of them, unless an environment wrote some; their
+            log-probabilities in `completion` are 0).
         text: the completion as text, without special tokens.
+        episode: its turns, if there is an environment.
         reward: None if the reward failed and its policy is to drop the sample.
         reward_parts: each reward function's own value.
         old_logprobs: ``[T]`` the trainer's log-probabilities of the completion before the update, if it needs them.
@@ -120,6 +139,7 @@ class Trajectory:
     policy_version: int = 0
     mask: tuple[bool, ...] = ()
     text: str = ""
+    episode: Episode | None = None
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     old_logprobs: Tensor | None = None

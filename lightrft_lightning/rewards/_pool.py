@@ -16,12 +16,11 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
+from lightrft_lightning._find import FILE_MODULES
 from lightrft_lightning.rewards._calls import Outcome, guarded, run_in_threads, timed_out
 
 START_LIMIT = 120.0
 """Seconds that a process may take to start; what the function imports counts."""
-FILE_MODULES = "lightrft_reward_"
-"""Beginning of the names of modules that were loaded from a file by its path."""
 
 
 class ProcessPool:

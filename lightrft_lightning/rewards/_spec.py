@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._find import check_options, find, short_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.experience.trajectory import Trajectory
-from lightrft_lightning.rewards._pool import FILE_MODULES, ProcessPool
+from lightrft_lightning.rewards._pool import ProcessPool
 
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
 """Reward functions by name, and classes of which the options make one. Extend with ``@REWARDS.register("name")``."""
 
 SINGLE = ("prompt", "completion")
 BATCH = ("prompts", "completions")
-PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids")
+PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids", "episode")
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,8 @@ class RewardFunction:
         if self.optional is None:
             return available
         wanted = self.required | self.optional
+        if trajectory.episode is not None:
+            available["episode"] = trajectory.episode
         return {name: value for name, value in available.items() if name in wanted}
 
     def missing(self, arguments: Mapping[str, Any]) -> list[str]:
@@ -197,16 +194,12 @@ def _parse_entry(entry: Any) -> _Entry:
     if isinstance(entry, InProcesses):
         return replace(_parse_entry(entry.function), processes=entry.processes)
     if isinstance(entry, str):
-        return _Entry(_short_name(entry), _find(entry))
+        return _Entry(short_name(entry, REWARDS), find(entry, REWARDS))
     if callable(entry):
         unbound = entry.func if isinstance(entry, functools.partial) else entry
         name = getattr(unbound, "__name__", None) or getattr(unbound, "name", None) or type(unbound).__name__
         return _Entry(name, entry)
     raise TypeError(f"a reward is a function, a name or a mapping, got {type(entry).__name__}: {entry!r}")
-
-
-def _short_name(path: str) -> str:
-    return path if path in REWARDS else path.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
 
 
 def _with_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
@@ -222,47 +215,5 @@ def _with_options(name: str, function: Callable[..., Any], options: Mapping[str,
 
 def _made(name: str, cls: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """An instance of a class whose instances are reward functions."""
-    parameters = inspect.signature(cls).parameters
-    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    if len(named) == len(parameters):  # else the class itself says what it does not know
-        for option in options:
-            if option not in named:
-                raise ValueError(unknown_name(f"option of reward {name!r}", option, named))
-    for option, parameter in named.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"reward {name!r} needs the option {option!r}: {{'name': {name!r}, {option!r}: ...}}")
+    check_options("reward", name, cls, options)
     return cls(**options)
-
-
-def _find(path: str) -> Callable[..., Any]:
-    """A registered reward, ``package.module.function`` or ``path/to/file.py:function``."""
-    if path in REWARDS:
-        return REWARDS[path]
-    if ".py:" in path:
-        file, name = path.rsplit(":", 1)
-        module = _load_file(Path(file))
-    elif "." in path:
-        module_name, name = path.rsplit(".", 1)
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as err:
-            raise ValueError(f"reward {path!r}: {err}. For a file of your own write 'path/to/file.py:{name}'") from err
-    else:
-        raise ValueError(f"{unknown_name('reward', path, REWARDS)}, 'package.module.function' or 'file.py:function'")
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ValueError(f"reward {path!r}: {unknown_name('function', name, names)}")
-    return function
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file with rewards: {str(path)!r} (looked in {str(Path.cwd())!r})")
-    name = f"{FILE_MODULES}{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up there
-    spec.loader.exec_module(module)
-    return module

@@ -227,22 +227,25 @@ def check_evaluation_counts_each_prompt_once():
         module = RLHFModule(
             tiny_llama(seed=0, width=32, layers=2), lambda completion, answer: len(completion) + float(answer),
             tokenizer=char_tokenizer(), val_sampling=SamplingParams(n=1, max_new_tokens=6, temperature=0), seed=1,
+            pass_threshold=8.0,
         )  # fmt: skip
-        data = PromptDataModule(val=rows, predict=rows, val_batch_size=batch_size)
+        val = {"all": rows, "some": rows[:3]}
+        data = PromptDataModule(val=val, predict=rows, val_batch_size=batch_size)
         if ranks == 2:
             t = trainer(callbacks=[TransformersRollout()])
-            (metrics,) = t.validate(module, data, verbose=False)
+            metrics, *_ = t.validate(module, data, verbose=False)
             mine = [one["prompt"] for batch in t.predict(module, data) for one in batch]
             everywhere = [prompt for rank in t.strategy.gather_objects(mine) for prompt in rank]
             assert sorted(everywhere) == sorted(row["prompt"] for row in rows)
         else:
             with one_process():
-                (metrics,) = trainer("lightrft_fake", 1, callbacks=[TransformersRollout()]).validate(
+                metrics, *_ = trainer("lightrft_fake", 1, callbacks=[TransformersRollout()]).validate(
                     module, data, verbose=False
                 )
         found.append({k: v for k, v in metrics.items() if "time/" not in k})
     assert found[0] == pytest.approx(found[2], rel=1e-6)
     assert found[1] == pytest.approx(found[2], rel=1e-6)
+    assert 0 < found[0]["val/all/pass@1"] < 1 and found[0]["val/some/pass@1"] < found[0]["val/all/pass@1"]
 
 
 def check_supervised_warmup():
