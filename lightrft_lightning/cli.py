@@ -129,7 +129,10 @@ def main(args: Sequence[str] | None = None) -> int:
             LightRFTCLI(given[1:], given[0])
         else:
             LightRFTCLI(args)
-    except Exception as err:
+    except Exception as raised:
+        err: BaseException = raised
+        while _package(err) == "jsonargparse" and err.__cause__ is not None:  # it wraps the errors of dataclasses
+            err = err.__cause__
         if os.environ.get("LIGHTRFT_DEBUG") == "1" or not _is_ours(err):
             raise
         print(f"lightrft: error: {err}", file=sys.stderr)
@@ -145,15 +148,19 @@ def _serve(args: Sequence[str]) -> None:
     server.main(args)
 
 
-def _is_ours(err: Exception) -> bool:
+def _is_ours(err: BaseException) -> bool:
     """Whether the error was raised on purpose, by a check of this package or of Lightning.
 
     An error from the depths of a computation or from the user's own code is not: there the traceback helps.
     """
-    *_, (frame, _) = traceback.walk_tb(err.__traceback__)
-    package = str(frame.f_globals.get("__name__", "")).split(".")[0]
     expected = ValueError | TypeError | RuntimeError | ImportError | OSError | MisconfigurationException
-    return package in ("lightrft_lightning", "lightning") and isinstance(err, expected)
+    return _package(err) in ("lightrft_lightning", "lightning") and isinstance(err, expected)
+
+
+def _package(err: BaseException) -> str:
+    """Of the code that raised it."""
+    *_, (frame, _) = traceback.walk_tb(err.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).split(".")[0]
 
 
 if __name__ == "__main__":

@@ -807,6 +807,16 @@ class RLHFModule(pl.LightningModule):
                 f"RLHFModule needs exactly one rollout engine among the callbacks, found {len(engines)}: "
                 "Trainer(callbacks=[TransformersRollout()])"
             )
+        (engine,) = engines
+        temperatures = {
+            "sampling.temperature": self.sampling.temperature,
+            "val_sampling.temperature": self.val_sampling.temperature,
+            "first_token_temperature": self.first_token_temperature or 0.0,
+        }
+        for name, temperature in temperatures.items():
+            if temperature > engine.max_temperature:
+                limit = f"{type(engine).__name__} takes at most {engine.max_temperature:g}"
+                raise ValueError(f"{name}={temperature}: {limit}")
 
     @override
     def configure_model(self) -> None:

@@ -149,6 +149,10 @@ def test_test_and_predict(config, capsys):
 
 
 ERRORS = {
+    "critic": (
+        ["--model.algorithm", "ppo", "--model.critic.warmup_iterations", "-1"],
+        "Critic(warmup_iterations=-1): must be 0 or more",
+    ),
     "strategy": (
         ["--trainer.strategy", "lightrft_fke"],
         "'lightrft_fke'. Did you mean 'lightrft_fake'?",

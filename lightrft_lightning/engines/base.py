@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ class RolloutEngine(ABC):
     """What holds the weights, for engines that generate with the model in training."""
     takes_images: bool = False
     """Whether `generate` and `stream` take ``images=``: for each prompt the images that its placeholders stand for."""
+    max_temperature: float = math.inf
+    """The highest sampling temperature that it takes."""
     has_copy: bool = False
     """Whether the engine has weights of its own, which `update_weights` must bring up to date."""
 

@@ -101,6 +101,8 @@ class VLLMRollout(EngineWithCopy):
         ImportError: vLLM is not installed.
     """
 
+    max_temperature = 2.0
+
     def __init__(
         self,
         engine_args: Mapping[str, Any] | None = None,

@@ -141,6 +141,7 @@ class Episodes:
         last_turn = number == self.max_turns
         calls = []
         for p in playing:
+            assert p.environment is not None
             text = _text(tokenizer, p.turn.token_ids)
             turn = Turn(text, p.turn.token_ids, p.turn.finish_reason, number, last_turn or p.room < 1)
             calls.append(partial(_answer, p.environment, turn))

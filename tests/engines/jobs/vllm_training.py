@@ -10,6 +10,7 @@ import sys
 
 import checks
 import lightning.pytorch as pl
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -60,7 +61,7 @@ class Greedy(pl.Callback):
                 self.logprobs.append(scores.max(-1).values.tolist())
 
 
-def train(iterations, callbacks=(), adapter=False, **engine):
+def train(iterations, callbacks=(), adapter=False, settings=None, **engine):
     curve = Curve()
     rollout = VLLMRollout({"enforce_eager": True, "max_model_len": 64}, **engine)
     trainer = pl.Trainer(
@@ -76,7 +77,7 @@ def train(iterations, callbacks=(), adapter=False, **engine):
     model.tie_weights()
     if adapter:
         model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "o_proj", "up_proj"], r=4))
-    module = RLHFModule(model, sevens, char_tokenizer(), sampling, lr=3e-3, seed=1)
+    module = RLHFModule(model, sevens, char_tokenizer(), sampling, lr=3e-3, seed=1, **(settings or {}))
     trainer.fit(module, PromptDataModule(PROMPTS, batch_size=8 // RANKS, tokenizer=char_tokenizer()))
     return curve
 
@@ -86,6 +87,16 @@ def check_reward_rises_and_logprobs_agree():
     assert sum(curve.rewards[-3:]) > sum(curve.rewards[:3]) + 0.6, curve.rewards
     assert max(curve.mismatch) < 1e-3, curve.mismatch
     assert curve.versions == [{i} for i in range(12)], curve.versions
+
+
+def check_hot_first_tokens_and_replaced_prompts():
+    curve = train(3, settings={"first_token_temperature": 2.0, "dynamic_sampling": True, "sampling_attempts": 1})
+    assert max(curve.mismatch) < 1e-3, curve.mismatch
+    with (
+        checks.unwatched(),
+        pytest.raises(ValueError, match="VLLMRollout takes at most 2"),
+    ):
+        train(3, settings={"first_token_temperature": 5.0})
 
 
 def check_adapters_arrive():
