@@ -443,8 +443,12 @@ class PromptDataModule(pl.LightningDataModule):
         for name in self.val_names:
             if not isinstance(name, str) or not name or "/" in name:
                 raise ValueError(f"PromptDataModule(val=...): {name!r} must be a name without a slash")
-        if isinstance(self.sources["val"], Mapping) and not self.sources["val"]:
-            raise ValueError("PromptDataModule(val={}): give a source, or {name: source}")
+        named = [self.sources[f"val/{name}"] for name in self.val_names]
+        if self.sources["val"] == {} or any(source is None or isinstance(source, (int, float)) for source in named):
+            raise ValueError(
+                f"PromptDataModule(val={_short(self.sources['val'])}): neither a task, {{'task': name, ...}}, nor "
+                "{name: source}"
+            )
 
     @override
     def setup(self, stage: str) -> None:

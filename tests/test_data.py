@@ -664,9 +664,15 @@ def test_small_validation_sets_are_fine(tokenizer):
     assert seen(module.val_dataloader()) == seen(module.test_dataloader()) == [["c"]]
 
 
-@pytest.mark.parametrize("val", [{}, {"a/b": ["1"]}, {"": ["1"]}, {3: ["1"]}])
+@pytest.mark.parametrize("val", [{"a/b": ["1"]}, {"": ["1"]}, {3: ["1"]}])
 def test_names_of_validation_sets_are_checked(val):
-    with pytest.raises(ValueError, match=re.escape(f"{next(iter(val))!r} must be a name" if val else "val={}")):
+    with pytest.raises(ValueError, match=re.escape(f"{next(iter(val))!r} must be a name")):
+        PromptDataModule(val=val)
+
+
+@pytest.mark.parametrize("val", [{}, {"taks": "addition", "size": 8}, {"easy": None}])
+def test_a_misspelt_task_is_no_set_of_sources(val):
+    with pytest.raises(ValueError, match=re.escape(f"PromptDataModule(val={val!r}): neither a task, {{'task'")):
         PromptDataModule(val=val)
 
 

@@ -135,6 +135,33 @@ def test_draws_depend_on_the_seed_and_the_number_of_the_prompt_alone():
     assert [told(t) for t in together] != [told(t) for t in other]
 
 
+def test_tokens_may_be_given_in_place_of_text_and_nothing_may_be_said():
+    class Says(Environment):
+        def step(self, turn):
+            return Observation("ignored", token_ids=(5, 2, 5)) if turn.number == 1 else Observation()
+
+    trajectories, _ = play(Says, max_turns=3, prompts=ROWS[:2])
+    several = [t for t in trajectories if len(t.episode.turns) > 1]
+    assert several
+    for t in several:
+        assert [i for i, mine in zip(t.completion.token_ids, t.mask, strict=True) if not mine] == [5, 2, 5]
+
+
+def test_the_trajectories_of_a_group_begin_with_the_same_seed():
+    seeds = {}
+
+    class Random(Environment):
+        def reset(self, prompt, seed):
+            seeds.setdefault(prompt.text, []).append(seed)
+
+        def step(self, turn):
+            return Observation(done=True)
+
+    play(Random, ROWS[:4])
+    assert all(len(of_group) == 3 and len(set(of_group)) == 1 for of_group in seeds.values())
+    assert len({seed for of_group in seeds.values() for seed in of_group}) == 4
+
+
 def test_all_that_go_on_share_a_call():
     trajectories, engine = play(max_turns=4)
     assert len(engine.calls) == max(len(t.episode.turns) for t in trajectories) == 4
