@@ -27,6 +27,7 @@ from lightrft_lightning.engines._vllm_worker import WeightSyncWorker
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.engines.weight_sync import PolicyWeights, WeightMismatchError
+from lightrft_lightning.environments import Environment, Observation
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 FOLDER = Path(sys.argv[1])
@@ -413,6 +414,34 @@ def check_a_resumed_run_gives_the_same_bits():
     trainer.fit(module, data, ckpt_path=FOLDER / "ckpt" / "step=2.ckpt")
     assert module.iteration == 4 and module.rollout_engine.version == 4
     assert all(torch.equal(whole[name], value) for name, value in module.actor.state_dict().items())
+
+
+class Counts(Environment):
+    role = None
+
+    def step(self, turn):
+        return Observation(f"={len(turn.token_ids)}+", reward=turn.text.count("7") / 4, done="9" in turn.text)
+
+
+def check_turns_with_an_environment():
+    """Limits, masks and both log-probabilities are right, and the draws depend on nothing but their seeds."""
+    found = []
+    for _ in range(2):
+        trainer, _, data = trainer_and_module(drift_limit=1e-4, iterations=2)
+        sampling = SamplingParams(n=4, max_new_tokens=24, stop=("7", "8", "9"))
+        module = RLHFModule(
+            tiny_llama(seed=0, layers=2), None, TOKENIZER, sampling, environment=Counts, max_turns=4, max_length=40,
+            lr=1e-4, seed=1,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        found.append([t.completion.token_ids for t in module.last_trajectories])
+    assert found[0] == found[1]
+    assert float(trainer.callback_metrics["train/mismatch_max"]) < 1e-4
+    assert len({len(t.episode.turns) for t in module.last_trajectories}) > 2
+    for t in module.last_trajectories:
+        assert sum(t.mask) <= 24 and len(t.prompt.token_ids) + len(t.mask) <= 40 and len(t.episode.turns) <= 4
+        assert all(p == 0 for p, mine in zip(t.completion.logprobs, t.mask, strict=True) if not mine)
+        assert (t.completion.finish_reason == "length") != ("9" in t.episode.turns[-1])
 
 
 def check_wrong_engine_arguments_are_refused_before_anything_loads():

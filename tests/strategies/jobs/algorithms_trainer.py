@@ -17,6 +17,7 @@ import torch
 from training import make_data, make_module, make_trainer
 
 from lightrft_lightning.algorithms import AGGREGATIONS, PRESETS
+from lightrft_lightning.environments import Environment, Observation
 
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
 FOLDER, STRATEGY = Path(sys.argv[1]), sys.argv[2]
@@ -55,6 +56,28 @@ def assert_independent_of_ranks(**settings):
     assert tokens == expected, settings
     moved = (alone - before).norm()
     assert (together - alone).norm() < 2e-3 * moved, (settings, (together - alone).norm() / moved)
+
+
+class GoesOnWithOddNumbers(Environment):
+    """One turn for the prompts of rank 0, several for those of rank 1."""
+
+    role = None
+    turns = 0
+
+    def reset(self, prompt, seed):
+        self.ends = prompt.text[2] in "02"  # the second summand
+
+    def step(self, turn):
+        GoesOnWithOddNumbers.turns = max(GoesOnWithOddNumbers.turns, turn.number)
+        return Observation("=1+", reward=float(len(turn.token_ids)), done=self.ends)
+
+
+def check_ranks_with_unequal_numbers_of_turns():
+    settings = {"environment": GoesOnWithOddNumbers, "max_turns": 4, "max_length": 24, "rewards": None}
+    settings["sampling"] = {"n": 3, "max_new_tokens": 10, "stop": ["1", "2", "3", "4", "5"]}
+    train(STRATEGY, RANKS, token_budget=24, **settings)
+    assert GoesOnWithOddNumbers.turns == (4 if os.environ["RANK"] == "1" else 1)
+    assert_independent_of_ranks(**settings)
 
 
 def check_ppo_with_a_critic_of_its_own():
