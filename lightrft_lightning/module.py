@@ -248,8 +248,13 @@ class RLHFModule(Update):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        sampled = self._sample(batch)
-        learnable = self._refilled(sampled, batch) if self.dynamic_sampling else sampled.trajectories
+        if self.dynamic_sampling:
+            with self.rollout_engine.awake():  # in between it could lose its weights
+                sampled = self._sample(batch)
+                learnable = self._refilled(sampled, batch)
+        else:
+            sampled = self._sample(batch)
+            learnable = sampled.trajectories
         self.last_trajectories = sampled.trajectories
         usable = self.estimate_advantages(learnable)
         before = time.perf_counter()
