@@ -69,8 +69,10 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def report(name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path | None = None) -> None:
-    """Print the table and write ``benchmarks/results/<name>.json``, or `out`."""
+def report(
+    name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path | None = None, **more: Any
+) -> None:
+    """Print the table and write ``benchmarks/results/<name>.json``, or `out`, with what else there is in `more`."""
     machine = machine_info()
     print(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {settings}\n")
     print(markdown_table(rows))
@@ -78,5 +80,5 @@ def report(name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], 
     path.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = {"benchmark": name, "when": when, "machine": machine, "settings": settings, "rows": list(rows)}
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result | more, indent=2) + "\n")
     print(f"\nwritten to {path}")

@@ -7,18 +7,22 @@ iterations and minutes of training (model loading and supervised warm-up counted
 
 With algorithms (``all``: every preset) the same for each of them, within 250 iterations of 2 optimizer steps each:
 
-    python benchmarks/learning.py examples/tiny_from_scratch.yaml --algorithms all
+    python benchmarks/learning.py examples/tiny_from_scratch.yaml --algorithms all --jobs 2
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -42,42 +46,60 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--algorithms", nargs="+", choices=["all", *PRESETS], metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--out", type=Path, help="JSON file, the plot beside it; default: in benchmarks/results")
+    parser.add_argument("--add", action="store_true", help="keep the runs that the file has, and make the missing ones")
     arguments, flags = parser.parse_known_args()  # what is left goes to the command line
-    config, algorithms = arguments.config, arguments.algorithms or [None]
+    config, algorithms = arguments.config.resolve(), arguments.algorithms or [""]
     if "all" in algorithms:
         algorithms = list(PRESETS)
     name = f"learning_{config.stem}" + ("_algorithms" if arguments.algorithms else "")
     out = arguments.out or RESULTS / f"{name}.json"
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, list[list[float]]] = {}
-    for seed, algorithm in product(arguments.seeds, algorithms):
-        chosen = ["--model.algorithm", algorithm, *BUDGET, *OWN_FLAGS.get(algorithm, [])] if algorithm else []
-        with TemporaryDirectory() as folder:
-            minutes, output, metrics = run(config, seed, Path(folder), [*chosen, *flags])
-        curve = [float(row["train/reward"]) for row in metrics if row.get("train/reward")]
-        curves.setdefault(algorithm or f"seed {seed}", []).append(curve)
-        rows.append(({"algorithm": algorithm} if algorithm else {}) | summarise(seed, output, curve, minutes))
-        plot(curves, out.with_suffix(".png"), config.stem)
-        report(name, rows, {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]}, out)
+    settings = {"config": config.name, "flags": [*(BUDGET if arguments.algorithms else []), *flags]}
+    before = json.loads(out.read_text()) if arguments.add and out.exists() else {"rows": [], "curves": []}
+    rows: list[dict[str, Any]] = before["rows"]
+    curves = [[float(reward) for reward in curve.split()] for curve in before["curves"]]
+    done = {(row.get("algorithm", ""), row["seed"]) for row in rows}
+    wanted = [run for run in product(algorithms, arguments.seeds) if run not in done]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = {pool.submit(run, config, *one, flags, arguments.jobs == 1): one for one in wanted}
+        for finished in as_completed(results):
+            algorithm, seed = results[finished]
+            minutes, output, curve = finished.result()
+            rows.append(({"algorithm": algorithm} if algorithm else {}) | summarise(seed, output, curve, minutes))
+            curves.append(curve)
+            order = sorted(range(len(rows)), key=lambda i: (rows[i].get("algorithm", ""), rows[i]["seed"]))
+            rows, curves = [rows[i] for i in order], [curves[i] for i in order]
+            # As text, because numbers would take a line each.
+            report(name, rows, settings, out, curves=[" ".join(f"{reward:.4f}" for reward in c) for c in curves])
+            plot(
+                [row.get("algorithm") or f"seed {row['seed']}" for row in rows], curves, out.with_suffix(".png"), config
+            )
 
 
-def run(config: Path, seed: int, folder: Path, flags: list[str]) -> tuple[float, str, list[dict[str, str]]]:
-    """One run; returns its minutes, what it printed and the rows of Lightning's `metrics.csv`."""
+def run(config: Path, algorithm: str, seed: int, flags: list[str], show: bool) -> tuple[float, str, list[float]]:
+    """One run; returns its minutes, what it printed and the training reward of each iteration."""
     command = [sys.executable, "-m", "lightrft_lightning.cli", "fit", "--config", str(config)]
-    command += ["--seed_everything", str(seed), "--trainer.default_root_dir", str(folder)]
-    command += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(folder)]
-    lines = []
-    start = time.perf_counter()
-    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            lines.append(line)
-    if process.returncode:
-        sys.exit(f"seed {seed} ended with exit code {process.returncode}")
-    minutes = (time.perf_counter() - start) / 60
-    with next(folder.rglob("metrics.csv")).open() as file:
-        return minutes, "".join(lines), list(csv.DictReader(file))
+    if algorithm:
+        command += ["--model.algorithm", algorithm, *BUDGET, *OWN_FLAGS.get(algorithm, [])]
+    lines, start = [], time.perf_counter()
+    with TemporaryDirectory() as folder:
+        command += ["--seed_everything", str(seed), "--trainer.default_root_dir", folder]
+        command += ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", folder]
+        environment = os.environ if show else {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            [*command, *flags], stdout=subprocess.PIPE, text=True, env=environment, cwd=None if show else folder
+        ) as process:
+            for line in process.stdout or ():
+                if show:
+                    print(line, end="", flush=True)
+                lines.append(line)
+        if process.returncode:
+            raise SystemExit(f"{algorithm} seed {seed} ended with exit code {process.returncode}: {lines[-5:]}")
+        minutes = (time.perf_counter() - start) / 60
+        with next(Path(folder).rglob("metrics.csv")).open() as file:
+            rewards = [row["train/reward"] for row in csv.DictReader(file)]
+    return minutes, "".join(lines), [float(reward) for reward in rewards if reward]
 
 
 def summarise(seed: int, output: str, rewards: list[float], minutes: float) -> dict[str, Any]:
@@ -96,19 +118,22 @@ def summarise(seed: int, output: str, rewards: list[float], minutes: float) -> d
     }
 
 
-def plot(curves: dict[str, list[list[float]]], path: Path, title: str) -> None:
+def plot(names: Sequence[str], curves: Sequence[Sequence[float]], path: Path, config: Path) -> None:
     """A line a name: the mean over its runs, within the range from the lowest to the highest."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4) if len(curves) < 6 else (9, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel="mean training reward", title=title)
-    for k, (name, runs) in enumerate(curves.items()):
-        at_each = list(zip(*runs, strict=False))
+    runs: dict[str, list[Sequence[float]]] = {}
+    for name, curve in zip(names, curves, strict=True):
+        runs.setdefault(name, []).append(curve)
+    figure = Figure(figsize=(7, 4) if len(runs) < 6 else (9, 6), layout="constrained")
+    axes = figure.add_subplot(xlabel="iteration", ylabel="mean training reward", title=config.stem)
+    for k, (name, of_name) in enumerate(runs.items()):
+        at_each = list(zip(*of_name, strict=False))
         x, color = range(1, len(at_each) + 1), colormaps["tab20"](k % 20)
         axes.plot(x, [mean(values) for values in at_each], label=name, color=color)
         axes.fill_between(x, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.1, linewidth=0)
-    axes.legend(fontsize="small", ncols=1 if len(curves) < 6 else 2)
+    axes.legend(fontsize="small", ncols=1 if len(runs) < 6 else 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -7,63 +7,46 @@ import copy
 import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
-from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
-from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
-from lightrft_lightning.algorithms.advantages import global_moments
+from lightrft_lightning._trainer import check_strategy, with_lr_schedule
+from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
-from lightrft_lightning.critic import Critic, as_critic, critic_values, new_critic
+from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.environments.episodes import Episodes, with_environment
-from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.refill import Refill, informative_groups
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
 from lightrft_lightning.metrics import (
     SampleResult,
-    combine_passes,
-    mean_over_steps,
     pass_metrics,
     reward_metrics,
     sample_result,
 )
 from lightrft_lightning.models.loading import load_model, load_tokenizer
-from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.rewards import RewardReport, Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lightrft_lightning.config import StrategyConfig
-    from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SAMPLING = SamplingParams(n=8)
-_NOTHING_TO_LEARN = ", so there is nothing to learn from and no update"
-KL_PLACES = ("loss", "reward")
-REWARD_NORMS = ("none", "scale", "full")
-SHORT_BATCHES = ("train", "error")
-BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
-"""Advantage estimators that look at single tokens."""
 
 
-class RLHFModule(pl.LightningModule):
+class RLHFModule(Update):
     """Samples completions, scores them, turns scores into advantages and updates the policy.
 
     A batch is a list of `Prompt`; one `training_step` is one iteration: rollout, rewards, advantages, one or several
@@ -252,10 +235,8 @@ class RLHFModule(pl.LightningModule):
         self.reward_models = nn.ModuleList()
         """Those of `rewards`, frozen; here, so that the strategy shards them."""
         self.critic: nn.Module | None = None
-        """A `load_scalar_model`, or a linear head if the critic shares the policy's trunk."""
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
-        """What the latest rollout produced, for callbacks that show it."""
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
@@ -267,8 +248,13 @@ class RLHFModule(pl.LightningModule):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        sampled = self._sample(batch)
-        learnable = self._refilled(sampled, batch) if self.dynamic_sampling else sampled.trajectories
+        if self.dynamic_sampling:
+            with self.rollout_engine.awake():  # in between it could lose its weights
+                sampled = self._sample(batch)
+                learnable = self._refilled(sampled, batch)
+        else:
+            sampled = self._sample(batch)
+            learnable = sampled.trajectories
         self.last_trajectories = sampled.trajectories
         usable = self.estimate_advantages(learnable)
         before = time.perf_counter()
@@ -380,343 +366,6 @@ class RLHFModule(pl.LightningModule):
             for completion in completions
         ]
 
-    def estimate_advantages(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Fill in the advantages; returns the trajectories that can be learnt from, in order. All ranks together.
-
-        Left out are samples whose reward failed, and, by estimators that compare the samples of a prompt, groups that
-        have fewer than two samples then.
-        """
-        usable = [t for t in trajectories if t.reward is not None]
-        if self._compares_groups:
-            members = Counter(t.group for t in usable)
-            usable = [t for t in usable if members[t.group] >= 2]
-        sum_over_ranks = partial(self.strategy.all_reduce, op="sum")
-        rewards = self._shaped_rewards(usable, sum_over_ranks)
-        token_rewards = None
-        if self.kl_coef and self.kl_in == "reward":
-            self._score(usable)
-            token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
-        mask = _padded([torch.tensor(t.mask) for t in usable])
-        if self.critic_settings is not None:
-            self._fill_values(usable)
-        result = algorithms.advantages(
-            self.advantage_estimator,
-            rewards,
-            group_ids=torch.tensor([t.group for t in usable], dtype=torch.long),
-            mask=mask,
-            values=_padded([t.values for t in usable if t.values is not None]) if self.critic_settings else None,
-            token_rewards=token_rewards,
-            sum_over_ranks=sum_over_ranks,
-            **self.advantage_options,
-        )
-        values = result.advantages
-        if self.advantage_norm:
-            values = algorithms.whitened(values, mask.bool(), sum_over_ranks)
-        if self.advantage_clip > 0:
-            values = values.clamp(-self.advantage_clip, self.advantage_clip)
-        for i, (t, row) in enumerate(zip(usable, values.tolist(), strict=True)):
-            t.advantages = tuple(row[: len(t.mask)])
-            t.returns = None if result.returns is None else result.returns[i, : len(t.mask)].float()
-        return usable
-
-    def _shaped_rewards(self, trajectories: Sequence[Trajectory], sum_over_ranks: Callable[[Tensor], Tensor]) -> Tensor:
-        """``[B]`` rewards as the advantages are computed from; `Trajectory.reward` stays as it is."""
-        rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
-        if self.overlong_buffer:
-            lengths = torch.tensor([sum(t.mask) for t in trajectories])
-            limit = self.sampling.max_new_tokens
-            penalties = algorithms.overlong_penalty(lengths, limit, self.overlong_buffer, self.overlong_factor)
-            for t, penalty in zip(trajectories, penalties.tolist(), strict=True):
-                t.reward_parts["overlong"] = penalty
-            rewards = rewards + penalties
-        if self.reward_norm != "none":
-            self.reward_moments.update(rewards, sum_over_ranks)
-            rewards = self.reward_moments.normalised(rewards, minus_mean=self.reward_norm == "full")
-        return rewards.clamp(-self.reward_clip, self.reward_clip) if self.reward_clip > 0 else rewards
-
-    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """The optimizer steps of one iteration; returns the mean of each metric over them.
-
-        Every rank makes the same number of passes, whatever its share of the samples, because the passes of sharded
-        models wait for one another.
-        """
-        self._warn_if_nothing_to_learn(trajectories)
-        if self.kl_in == "loss" or not self.kl_coef:
-            self._score(trajectories)
-        steps = [[trajectories[i] for i in chosen] for chosen in self._minibatches(trajectories)]
-        metrics = mean_over_steps([self._train_on(minibatch) for minibatch in steps])
-        if self.critic_settings is not None:
-            metrics["explained_variance"] = self._explained_variance(trajectories)
-        if self.kl_target is not None and "kl" in metrics:
-            samples = int(self.strategy.all_reduce(len(trajectories), op="sum"))
-            metrics["kl_coef"] = self.kl_coef
-            self.kl_coef = algorithms.adapted_kl_coef(
-                self.kl_coef, metrics["kl"], self.kl_target, samples, self.kl_horizon
-            )
-        return metrics
-
-    def _score(self, trajectories: list[Trajectory]) -> None:
-        """Fill in the log-probabilities before the update and under the reference, where they are needed."""
-        # With a single step the first pass itself gives the former: the weights are still the same.
-        several_steps, selects = self.epochs_per_rollout * self.steps_per_epoch > 1, self.high_entropy_share < 1
-        if several_steps or selects or (self.kl_coef and self.kl_in == "reward"):
-            logprobs, entropies = self._logprobs_of(self.actor, trajectories, entropy=selects)
-            for i, t in enumerate(trajectories):
-                t.old_logprobs, t.entropies = logprobs[i], entropies[i] if selects else None
-        if self.kl_coef:
-            with self._reference_policy() as policy:
-                logprobs, _ = self._logprobs_of(policy, trajectories)
-            for t, reference in zip(trajectories, logprobs, strict=True):
-                t.reference_logprobs = reference
-
-    def _kl_of(self, t: Trajectory) -> Tensor:
-        """``[T]`` the estimated KL at each token, before the update."""
-        assert t.old_logprobs is not None and t.reference_logprobs is not None
-        return algorithms.kl_penalty(self.kl_estimator, t.old_logprobs, t.reference_logprobs)
-
-    def _train_on(self, minibatch: list[Trajectory]) -> dict[str, float]:
-        """One optimizer step of the policy and one of the critic over this rank's `minibatch`."""
-        totals = self._totals(minibatch)
-        metrics: dict[str, float] = {}
-        settings = self.critic_settings
-        alone = settings is not None and self.iteration < settings.warmup_iterations
-        if settings is not None and (alone or not settings.share_trunk):
-            metrics |= self._critic_step(minibatch, totals)
-        return metrics if alone else metrics | self._optimizer_step(minibatch, totals)
-
-    def _optimizer_step(self, minibatch: list[Trajectory], totals: algorithms.BatchTotals) -> dict[str, float]:
-        """One optimizer step of the policy, in as many passes as the token budget asks for."""
-        threshold = self._entropy_threshold(minibatch)
-        names = ("actor", "critic") if self._shares_trunk else ("actor",)
-        # A sample whose advantage is 0 has no gradient unless another term gives it one. It still counts in the mean.
-        in_loss = self.kl_coef and self.kl_in == "loss"
-        used = [t for t in minibatch if in_loss or self._shares_trunk or any(t.advantages)]
-        batches = self._pack(used)
-        needed = self._most(len(batches))
-        passes = []
-        for batch in batches:
-            scored = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
-            logprobs = scored.logprobs
-            old = [t.old_logprobs for t in used if t.old_logprobs is not None]
-            at_sampling = batch.pack_values(old) if old else logprobs.detach()
-            sampled = batch.pack_values([t.completion.logprobs for t in used])
-            weights = self._correct(at_sampling, sampled, batch.trajectory)
-            if threshold is not None:
-                selected = batch.pack_values([t.entropies for t in used if t.entropies is not None]) >= threshold
-                weights = selected.to(logprobs.dtype) * (1.0 if weights is None else weights)
-            loss, metrics = algorithms.policy_loss(
-                self.policy_loss,
-                logprobs,
-                at_sampling,
-                batch.pack_values([t.advantages for t in used]),
-                torch.ones_like(logprobs),
-                aggregation=self.aggregation,
-                sequence=batch.trajectory,
-                totals=totals,
-                weights=weights,
-                **self.policy_loss_options,
-            )
-            reference = [t.reference_logprobs for t in used if t.reference_logprobs is not None]
-            if reference:
-                kl = algorithms.kl_penalty(
-                    self.kl_estimator,
-                    logprobs,
-                    batch.pack_values(reference),
-                    unbiased_gradient=self.kl_unbiased_gradient,
-                )
-                shares = algorithms.aggregation_weights(self.aggregation, batch.trajectory, totals)
-                if in_loss:
-                    loss = loss + self.kl_coef * (kl * shares).sum()
-                metrics["kl"] = (kl.detach() * shares).sum()
-            if self._shares_trunk:
-                fit = self._value_loss(critic_values(self.critic, batch, scored.hidden), batch, used, totals)
-                loss = loss + self.critic_settings.value_coef * fit.loss  # type: ignore[union-attr]
-                metrics |= {"value_loss": fit.loss.detach(), **fit.metrics}
-            metrics |= algorithms.mismatch_metrics(at_sampling, sampled)
-            if weights is not None:
-                metrics |= {"weight_mean": weights.mean(), "weight_zero": (weights == 0).double().mean()}
-            self._step(loss, needed, *names)
-            values = {"loss": float(loss.detach()), **{k: float(v) for k, v in metrics.items()}}
-            passes.append((logprobs.numel(), values))
-        for _ in range(needed - len(batches)):
-            batch = self._idle_batch()
-            idle = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=self._shares_trunk)  # type: ignore[arg-type]
-            loss = 0 * idle.logprobs.sum()
-            if self._shares_trunk:
-                loss = loss + 0 * critic_values(self.critic, batch, idle.hidden).sum()
-            self._step(loss, needed, *names)
-        return self._combined(passes)
-
-    def _critic_step(self, minibatch: list[Trajectory], totals: algorithms.BatchTotals) -> dict[str, float]:
-        """One optimizer step of the critic alone; a trunk that it shares stays as it is."""
-        batches, passes = self._pack(minibatch), []
-        needed = self._most(len(batches))
-        for batch in batches:
-            fit = self._value_loss(self._values(batch), batch, minibatch, totals)
-            self._step(fit.loss, needed, "critic")
-            values = {"value_loss": fit.loss.detach(), **fit.metrics}
-            passes.append((batch.num_policy_tokens, {k: float(v) for k, v in values.items()}))
-        for _ in range(needed - len(batches)):
-            self._step(0 * self._values(self._idle_batch()).sum(), needed, "critic")
-        return self._combined(passes)
-
-    def _value_loss(
-        self, values: Tensor, batch: PackedBatch, trajectories: Sequence[Trajectory], totals: algorithms.BatchTotals
-    ) -> algorithms.PolicyLoss:
-        assert self.critic_settings is not None
-        return algorithms.value_loss(
-            values,
-            batch.pack_values([t.values for t in trajectories if t.values is not None]),
-            batch.pack_values([t.returns for t in trajectories if t.returns is not None]),
-            torch.ones_like(values),
-            clip=self.critic_settings.value_clip,
-            aggregation=self.aggregation,
-            sequence=batch.trajectory,
-            totals=totals,
-        )
-
-    def _temperature(self, batch: PackedBatch) -> float | Tensor:
-        """What the policy tokens of `batch` were drawn at."""
-        if self.first_token_temperature is None:
-            return self.sampling.temperature
-        return torch.where(batch.position == 0, self.first_token_temperature, self.sampling.temperature)
-
-    def _values(self, batch: PackedBatch) -> Tensor:
-        """``[N]`` what the critic says; no gradient goes into a trunk that it shares."""
-        hidden = None
-        if self._shares_trunk:
-            with torch.no_grad():
-                hidden = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=True).hidden  # type: ignore[arg-type]
-        return critic_values(self.critic, batch, hidden)
-
-    @torch.no_grad()
-    def _fill_values(self, trajectories: list[Trajectory]) -> None:
-        batches = self._pack(trajectories)
-        company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
-        values = [self._values(batch) for batch in [*batches, *company]][: len(batches)]
-        for t, row in zip(trajectories, unpack(batches, values, trajectories), strict=True):
-            t.values = row.cpu()
-
-    def _explained_variance(self, trajectories: Sequence[Trajectory]) -> float:
-        """Share of the returns' variance over the tokens of all ranks that the values before the update explain."""
-        rows = [(t.returns, t.returns - t.values, torch.tensor(t.mask)) for t in trajectories if t.returns is not None]  # type: ignore[operator]
-        total, rest = (
-            global_moments(
-                torch.cat([torch.zeros(0), *(row[k] for row in rows)]),
-                torch.cat([torch.zeros(0, dtype=torch.bool), *(row[2] for row in rows)]),
-                partial(self.strategy.all_reduce, op="sum"),
-            )[1]
-            for k in (0, 1)
-        )
-        return 1 - float(rest / total) ** 2 if total else float("nan")
-
-    def _combined(self, passes: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
-        return combine_passes([p for rank in self.strategy.gather_objects(passes) for p in rank])
-
-    def _entropy_threshold(self, minibatch: Sequence[Trajectory]) -> float | None:
-        """Entropy from which on tokens of this optimizer step are learnt from; None: all of them."""
-        if self.high_entropy_share == 1:
-            return None
-        mine = [t.entropies[torch.tensor(t.mask)].cpu() for t in minibatch if t.entropies is not None]
-        everywhere = self.strategy.gather_objects(torch.cat(mine) if mine else torch.zeros(0))
-        return algorithms.entropy_threshold(torch.cat(everywhere), self.high_entropy_share)
-
-    def _correct(self, trainer_logprobs: Tensor, engine_logprobs: Tensor, sequence: Tensor) -> Tensor | None:
-        if self.correction == "none":
-            return None
-        return algorithms.importance_weights(
-            self.correction, trainer_logprobs, engine_logprobs, sequence=sequence, **self.correction_options
-        )
-
-    def _step(self, loss: Tensor, passes: int, *names: str) -> None:
-        """Back-propagate through the models `names`; the strategy steps them at the last of `passes`.
-
-        `loss` is a share of the sum over all passes and ranks, not a mean.
-        """
-        strategy = self.strategy
-        (model, optimizer), *further = ((getattr(self, name), self._optimizer_of(name)) for name in names)
-        share = loss * passes * strategy.world_size
-        strategy.backward(share, model, optimizer, accumulation_steps=passes, further=further)
-        for name in names:
-            optimizer = self._optimizer_of(name)
-            scheduler = self._scheduler_of(optimizer)
-            strategy.optimizer_step(optimizer, getattr(self, name), scheduler, name, accumulation_steps=passes)
-
-    def _optimizer_of(self, name: str) -> Any:
-        # Lightning's wrapper counts the Trainer's steps, which are the policy's.
-        return self.strategy._lightning_optimizers[0] if name == "actor" else self.trainer.optimizers[1]
-
-    def _scheduler_of(self, optimizer: Any) -> Any:
-        raw = getattr(optimizer, "optimizer", optimizer)
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        return next((s for s in schedulers if s.optimizer is raw), None)
-
-    # ---------------------------------------------------------------- parts of the update
-
-    def _warn_if_nothing_to_learn(self, trajectories: Sequence[Trajectory]) -> None:
-        usable, signal = self._most(len(trajectories)), self._most(sum(any(t.advantages) for t in trajectories))
-        if not usable:
-            log.warning("iteration %d: no group has two scored completions%s", self.iteration + 1, _NOTHING_TO_LEARN)
-        elif not signal:
-            log.warning("iteration %d: all rewards of each group are equal%s", self.iteration + 1, _NOTHING_TO_LEARN)
-
-    def _most(self, count: int) -> int:
-        """The largest `count` of any rank."""
-        return int(self.strategy.all_reduce(count, op="max"))
-
-    def _pack(self, trajectories: Sequence[Trajectory]) -> list[PackedBatch]:
-        return [b.to(self.device) for b in pack(trajectories, self.token_budget, share_prompts=self.share_prompts)]
-
-    def _idle_batch(self) -> PackedBatch:
-        """Something small for a pass that only keeps other ranks company."""
-        shortest = min(self.last_trajectories, key=lambda t: len(t.prompt.token_ids) + len(t.completion.token_ids))
-        return self._pack([shortest])[0]
-
-    def _totals(self, minibatch: Sequence[Trajectory]) -> algorithms.BatchTotals:
-        """Sizes of the whole optimizer step over all ranks, which its loss is divided by."""
-        tokens = self.strategy.all_reduce(sum(sum(t.mask) for t in minibatch), op="sum")
-        sequences = self.strategy.all_reduce(len(minibatch), op="sum")
-        return algorithms.BatchTotals(int(tokens), int(sequences), self.sampling.max_new_tokens)
-
-    def _minibatches(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
-        """Indices of this rank's trajectories of each optimizer step: whole groups, in a new order every epoch."""
-        groups: dict[int, list[int]] = {}
-        for i, t in enumerate(trajectories):
-            groups.setdefault(t.group, []).append(i)
-        everywhere = sorted(group for rank in self.strategy.gather_objects(list(groups)) for group in rank)
-        steps = min(self.steps_per_epoch, len(everywhere))
-        for epoch in range(self.epochs_per_rollout):
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
-            order = torch.randperm(len(everywhere), generator=generator).tolist()
-            for step in range(steps):
-                chosen = [everywhere[k] for k in order[step::steps]]
-                yield [i for group in chosen for i in groups.get(group, ())]
-
-    @torch.no_grad()
-    def _logprobs_of(
-        self, policy: Any, trajectories: list[Trajectory], entropy: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probabilities of every completion under `policy`, one tensor a trajectory, and by choice entropies."""
-        batches = self._pack(trajectories)
-        company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
-        scored = [
-            completion_logprobs(policy, batch, self._temperature(batch), entropy=entropy)
-            for batch in [*batches, *company]
-        ][: len(batches)]
-        entropies = [s.entropy for s in scored if s.entropy is not None]
-        return (
-            unpack(batches, [s.logprobs for s in scored], trajectories),
-            unpack(batches, entropies, trajectories) if entropy else [],
-        )
-
-    @contextlib.contextmanager
-    def _reference_policy(self) -> Iterator[Any]:
-        if self.reference is not None:
-            yield self.reference
-            return
-        with self.actor.disable_adapter():  # type: ignore[union-attr, operator]
-            yield self.actor
-
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -784,11 +433,6 @@ class RLHFModule(pl.LightningModule):
             actor: Any = self.actor
             self._tokenizer = load_tokenizer(self._source or actor.config.name_or_path)
         return self._tokenizer
-
-    @property
-    def strategy(self) -> StrategyBase:
-        """The Trainer's strategy."""
-        return self.trainer.strategy  # type: ignore[return-value]
 
     @property
     def rollout_engine(self) -> RolloutCallback:
@@ -939,149 +583,6 @@ class RLHFModule(pl.LightningModule):
             values["critic"] = Critic(model=config.critic_pretrain, lr=config.critic_learning_rate)
         return cls(model, rewards, **{**values, **settings})
 
-    def _check_settings(self) -> None:
-        for registry, name in (
-            (algorithms.ADVANTAGES, self.advantage_estimator),
-            (algorithms.POLICY_LOSSES, self.policy_loss),
-            (algorithms.KL_ESTIMATORS, self.kl_estimator),
-        ):
-            if name not in registry:
-                raise ValueError(unknown_name(registry.kind, name, registry))
-        for kind, name, valid in (
-            ("aggregation", self.aggregation, algorithms.AGGREGATIONS),
-            ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
-            ("kl_in", self.kl_in, KL_PLACES),
-            ("reward_norm", self.reward_norm, REWARD_NORMS),
-            ("short_batch", self.short_batch, SHORT_BATCHES),
-        ):
-            if name not in valid:
-                raise ValueError(unknown_name(kind, name, valid))
-        loss = algorithms.POLICY_LOSSES[self.policy_loss]
-        algorithms.check_options("policy loss", self.policy_loss, loss, self.policy_loss_options)
-        if self.correction != "none":
-            correction = algorithms.CORRECTIONS[self.correction]
-            algorithms.check_options("correction", self.correction, correction, self.correction_options)
-            nothing = torch.zeros(1)
-            algorithms.importance_weights(self.correction, nothing, nothing, **self.correction_options)
-        elif self.correction_options:
-            raise ValueError(f"correction_options={self.correction_options!r} without a correction")
-        estimator = algorithms.ADVANTAGES[self.advantage_estimator]
-        algorithms.check_options("advantage estimator", self.advantage_estimator, estimator, self.advantage_options)
-        takes_values = getattr(estimator, "needs_critic", False)
-        if takes_values and self.critic_settings is None:
-            raise ValueError(
-                f"advantage_estimator={self.advantage_estimator!r} needs a critic: set critic={{'lr': 1e-5}}"
-            )
-        if self.critic_settings is not None and not takes_values:
-            raise ValueError(
-                f"critic={self.critic_settings} with advantage_estimator={self.advantage_estimator!r}, which takes no "
-                "values: leave it out, or use advantage_estimator='gae'"
-            )
-        if self.kl_unbiased_gradient and not (self.kl_coef and self.kl_in == "loss"):
-            raise ValueError("kl_unbiased_gradient=True is about a penalty in the loss: set kl_coef and kl_in='loss'")
-        first = self.first_token_temperature
-        checks = {
-            "first_token_temperature": (first is None or first > 0, "above 0, or None"),
-            "high_entropy_share": (0 < self.high_entropy_share <= 1, "above 0 and at most 1 (all tokens)"),
-            "kl_coef": (self.kl_coef >= 0, "0 or more"),
-            "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
-            "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
-            "sampling_attempts": (self.sampling_attempts >= 1, "at least 1"),
-            "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
-            "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
-            "lr": (self.lr >= 0, "0 or more"),
-            "warmup_ratio": (0 <= self.warmup_ratio <= 1, "between 0 and 1"),
-            "epochs_per_rollout": (self.epochs_per_rollout >= 1, "at least 1"),
-            "steps_per_epoch": (self.steps_per_epoch >= 1, "at least 1"),
-            "token_budget": (self.token_budget >= 1, "at least 1"),
-            "max_turns": (self.max_turns is None or self.max_turns >= 1, "at least 1"),
-            "max_length": (self.max_length is None or 1 <= self.max_length <= self.token_budget, "1 to token_budget"),
-            "pass_threshold": (abs(self.pass_threshold) < float("inf"), "a finite number"),
-        }
-        for name, (ok, allowed) in checks.items():
-            if not ok:
-                raise ValueError(f"RLHFModule({name}={getattr(self, name)!r}): must be {allowed}")
-        if self.kl_in == "reward" and self.kl_coef and self.advantage_estimator not in BY_TOKEN:
-            raise ValueError(
-                f"kl_in='reward' with advantage_estimator={self.advantage_estimator!r}: it compares whole completions; "
-                f"use one of {', '.join(BY_TOKEN)}, or kl_in='loss'"
-            )
-        divisors = {
-            f"advantage_estimator={self.advantage_estimator!r}": getattr(estimator, "normalises", False),
-            "advantage_norm=True": self.advantage_norm,
-            f"reward_norm={self.reward_norm!r}": self.reward_norm != "none",
-        }
-        if sum(divisors.values()) > 1:
-            twice = " and ".join(name for name, divides in divisors.items() if divides)
-            raise ValueError(f"{twice} would normalise more than once: keep one of them")
-        if self.advantage_estimator == "dr_grpo" and any(divisors.values()):
-            given = next(name for name, divides in divisors.items() if divides)
-            raise ValueError(
-                f"advantage_estimator='dr_grpo' with {given}: it is group_norm without the division, which this would "
-                "bring back; leave it out, or use 'group_norm'"
-            )
-        if self.overlong_buffer:
-            nothing = torch.zeros(0)
-            limit = self.sampling.max_new_tokens
-            algorithms.overlong_penalty(nothing, limit, self.overlong_buffer, self.overlong_factor)
-        if self.dynamic_sampling and not self._compares_groups:
-            raise ValueError(
-                f"dynamic_sampling=True with advantage_estimator={self.advantage_estimator!r}, which does not compare "
-                "the completions of a prompt: it learns from equal rewards too"
-            )
-        if self.kl_target is not None and not self.kl_coef:
-            raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
-        self._check_sampling()
-
-    @property
-    def _shares_trunk(self) -> bool:
-        return self.critic_settings is not None and self.critic_settings.share_trunk
-
-    @property
-    def _compares_groups(self) -> bool:
-        return getattr(algorithms.ADVANTAGES[self.advantage_estimator], "compares_groups", False)
-
-    def _check_sampling(self) -> None:
-        s = self.sampling
-        if s.n < 2 and self._compares_groups:
-            raise ValueError(
-                f"advantage_estimator={self.advantage_estimator!r} compares the completions of one prompt: "
-                f"sampling.n={s.n} must be at least 2"
-            )
-        if s.temperature == 0:
-            raise ValueError("sampling.temperature=0 (greedy) draws the same completion every time: set it above 0")
-        if s.stop and self.first_token_temperature is not None:
-            raise ValueError(
-                f"sampling.stop={s.stop} with first_token_temperature={self.first_token_temperature}: a stop string "
-                "that begins with the first token, which is sampled by itself, would be missed; leave one of them out"
-            )
-        if s.top_p < 1 or s.top_k > 0:
-            raise ValueError(
-                f"sampling.top_p={s.top_p}, top_k={s.top_k}: the engine would sample from another distribution than "
-                "the trainer computes; train with top_p=1, top_k=0 and set them in val_sampling"
-            )
-
-    def _save_hyperparameters(self, model: Any, rewards: Any, environment: Any) -> None:
-        """Plain values only, so that a checkpoint can be read with `weights_only=True`."""
-        plain = {
-            "sampling": dataclasses.asdict(self.sampling),
-            "val_sampling": dataclasses.asdict(self.val_sampling),
-            "model": str(model) if isinstance(model, PathLike) else model if isinstance(model, str | Mapping) else None,
-            "rewards": rewards if isinstance(rewards, str | Mapping) else None,
-            "environment": environment if isinstance(environment, str | Mapping) else None,
-            "critic": self.critic_settings and self.critic_settings.plain(),
-        }
-        names = (
-            "first_token_temperature", "algorithm", "advantage_estimator", "advantage_options", "policy_loss",
-            "policy_loss_options", "correction", "correction_options", "aggregation", "high_entropy_share", "kl_coef",
-            "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
-            "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
-            "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
-            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "max_turns",
-            "max_length", "seed",
-        )  # fmt: skip
-        self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
-
     def _evaluation_sampling(self, batch_idx: int, dataloader_idx: int = 0) -> SamplingParams:
         """The same draws at every evaluation, so that two of them differ by their weights alone."""
         seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, dataloader_idx)
@@ -1144,11 +645,6 @@ def _reward_norm(config: StrategyConfig) -> str:
     if not config.reward_running_norm:
         return "none"
     return "full" if config.reward_running_norm_minus_mean else "scale"
-
-
-def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """``[B, T]`` rows of any length, with zeros behind."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) if rows else torch.zeros(0, 1)
 
 
 def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:

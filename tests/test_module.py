@@ -277,6 +277,28 @@ def test_groups_without_a_difference_are_replaced(tmp_path):
     )
 
 
+def test_the_engine_sleeps_once_an_iteration_however_often_it_samples(tmp_path):
+    class Sleepy(TransformersRollout):
+        sleep_level, calls = 2, ""
+
+        def sleep(self, level=1):
+            self.calls += "s"
+
+        def wake_up(self):
+            self.calls += "w"
+
+        def generate(self, *arguments):
+            self.calls += "g"
+            return super().generate(*arguments)
+
+    engine, module = Sleepy(), make_module(rewards=sometimes, dynamic_sampling=True)
+    trainer = make_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0)
+    trainer.callbacks = [engine if isinstance(c, TransformersRollout) else c for c in trainer.callbacks]
+    trainer.fit(module, make_data(batch_size=2))
+    iterations = engine.calls.replace("w", "").split("s")
+    assert len(iterations) == 3 and all(len(calls) > 1 for calls in iterations[:2]), engine.calls
+
+
 def test_a_batch_that_cannot_be_filled(tmp_path, caplog):
     def always(completion: str) -> float:
         return 1.0

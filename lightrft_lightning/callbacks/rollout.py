@@ -50,13 +50,20 @@ class RolloutCallback(Callback, RolloutEngine):
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the engine ready to generate with `model`'s weights. Idempotent."""
 
+    _kept_awake: bool = False
+
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """The engine is awake inside; afterwards it sleeps if `sleep_level` says so."""
+        """The engine is awake inside; after the outermost one it sleeps if `sleep_level` says so."""
+        if self._kept_awake:
+            yield
+            return
+        self._kept_awake = True
         self.wake_up()
         try:
             yield
         finally:
+            self._kept_awake = False
             if self.sleep_level:
                 self.sleep(self.sleep_level)
             self.stale = self.stale or self.sleep_level == 2
