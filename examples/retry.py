@@ -2,12 +2,13 @@
 
     lightrft fit --config examples/retry.yaml
 
-After a wrong answer the verifier says so, with a hint, as the user's next message; a later right answer earns less.
+After a wrong answer the verifier says so, with a hint, as the user's next message; a later right answer earns less. The
+last number of a turn is its answer.
 """
 
 from lightrft_lightning.environments import Environment, Observation, Turn
 from lightrft_lightning.experience.trajectory import Prompt
-from lightrft_lightning.rewards.functions import reasoning_gym
+from lightrft_lightning.rewards.functions import NUMBER, reasoning_gym
 
 
 class Retry(Environment):
@@ -27,7 +28,8 @@ class Retry(Environment):
         self.entry = prompt.fields["entry"]  # what reasoning-gym made; `{task: reasoning_gym.<data set>}` brings it
 
     def step(self, turn: Turn) -> Observation:
-        score = reasoning_gym(turn.text, self.entry)
+        numbers = NUMBER.findall(turn.text)
+        score = reasoning_gym(numbers[-1] if numbers else "", self.entry)
         earned = score * self.discount ** (turn.number - 1)
         if score == 1 or turn.last:
             return Observation(reward=earned, done=True)
