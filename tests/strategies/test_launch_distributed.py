@@ -109,7 +109,7 @@ def test_two_agents_as_two_nodes(job, said):
     ]
     codes, output, errors = start(*nodes)
     check_trained_together(output, local_ranks=(0, 0))
-    assert codes == [1, 1] and re.search(rf"ended because {said}", errors), errors
+    assert codes == [1, 1] and re.search(rf"(ended because|ending:) {said}", errors), errors
 
 
 @pytest.mark.parametrize("job", ["trainer 2 1 raise 1", "loop 2 1 raise 0"])
@@ -121,7 +121,7 @@ def test_slurm(job):
     tasks = [{**common, "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)} for k in (0, 1)]
     codes, output, errors = start(*[[sys.executable, str(JOB), *job.split()]] * 2, variables=tasks)
     check_trained_together(output)
-    assert codes == [1, 1] and re.search(rf"ended because {RAISED.format(job[-1])}", errors), errors
+    assert codes == [1, 1] and re.search(rf"(ended because|ending:) {RAISED.format(job[-1])}", errors), errors
 
 
 def test_a_notebook_with_one_process():
