@@ -24,6 +24,7 @@ REWARD_NORMS = ("none", "scale", "full")
 SHORT_BATCHES = ("train", "error")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
 """Advantage estimators that look at single tokens."""
+ONE_CALL = "what is sampled ahead is sampled in one call of the engine; leave one of them out"
 
 
 class Settings(pl.LightningModule):
@@ -48,6 +49,7 @@ class Settings(pl.LightningModule):
     kl_target: float | None
     kl_horizon: int
     dynamic_sampling: bool
+    staleness: int
     sampling_attempts: int
     short_batch: str
     overlong_buffer: int
@@ -122,6 +124,7 @@ class Settings(pl.LightningModule):
             "kl_coef": (self.kl_coef >= 0, "0 or more"),
             "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
             "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
+            "staleness": (self.staleness in (0, 1), "0, or 1 to sample one batch ahead"),
             "sampling_attempts": (self.sampling_attempts >= 1, "at least 1"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
             "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
@@ -165,6 +168,9 @@ class Settings(pl.LightningModule):
                 f"dynamic_sampling=True with advantage_estimator={self.advantage_estimator!r}, which does not compare "
                 "the completions of a prompt: it learns from equal rewards too"
             )
+        for name in ("dynamic_sampling", "first_token_temperature"):
+            if self.staleness and getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} with staleness={self.staleness}: {ONE_CALL}")
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()
@@ -210,7 +216,7 @@ class Settings(pl.LightningModule):
         names = (
             "first_token_temperature", "algorithm", "advantage_estimator", "advantage_options", "policy_loss",
             "policy_loss_options", "correction", "correction_options", "aggregation", "high_entropy_share", "kl_coef",
-            "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling",
+            "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling", "staleness",
             "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
             "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "max_turns",

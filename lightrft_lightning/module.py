@@ -16,7 +16,9 @@ from torch import nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
+from lightrft_lightning._sampling import Ahead, Sampled, sampled_from_state, sampled_state
 from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.rollout import RolloutCallback
@@ -34,7 +36,7 @@ from lightrft_lightning.metrics import (
     sample_result,
 )
 from lightrft_lightning.models.loading import load_model, load_tokenizer
-from lightrft_lightning.rewards import RewardReport, Rewards
+from lightrft_lightning.rewards import Rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +74,7 @@ class RLHFModule(Update):
         policy_loss: name in `algorithms.POLICY_LOSSES`.
         policy_loss_options: keywords of that loss, e.g. ``{"clip_high": 0.28}``.
         correction: name in `algorithms.CORRECTIONS`, for engines whose log-probabilities differ from the trainer's;
-            ``none``: samples count as they are.
+            ``none``: samples count as they are. Default: ``none``, with `staleness` ``token_truncated``.
         correction_options: keywords of that correction, e.g. ``{"cap": 2.0}``.
         aggregation: ``token_mean``, ``sequence_mean`` or ``sequence_sum_constant``.
         high_entropy_share: share of the global batch's policy tokens, those with the highest entropy, that are learnt
@@ -86,6 +88,10 @@ class RLHFModule(Update):
         kl_unbiased_gradient: in the loss, take the gradient of the KL itself in place of the estimator's.
         dynamic_sampling: replace prompts whose completions all earn the same by others of the training set, until the
             batch is full of groups to learn from (arXiv 2503.14476, section 3.2).
+        staleness: 1 samples the next batch while the model trains on the one before, with the weights from before that
+            training; `correction` makes up for these. For engines in another process (`RemoteRollout`,
+            `SGLangRollout`). The first batch is only sampled, and the last one's samples are left for a run that goes
+            on from the checkpoint.
         sampling_attempts: most times that an iteration samples further prompts for this.
         short_batch: what happens if these do not suffice: ``train`` on what there is with a warning, or ``error``.
         overlong_buffer: tokens before the length limit where the penalty for long completions begins; 0: none.
@@ -129,7 +135,7 @@ class RLHFModule(Update):
         advantage_options: dict[str, Any] | None = None,
         policy_loss: str | None = None,
         policy_loss_options: dict[str, Any] | None = None,
-        correction: str = "none",
+        correction: str | None = None,
         correction_options: dict[str, Any] | None = None,
         aggregation: str | None = None,
         high_entropy_share: float = 1.0,
@@ -140,6 +146,7 @@ class RLHFModule(Update):
         kl_target: float | None = None,
         kl_horizon: int = 10_000,
         dynamic_sampling: bool | None = None,
+        staleness: int = 0,
         sampling_attempts: int = 10,
         short_batch: str = "train",
         overlong_buffer: int = 0,
@@ -191,7 +198,9 @@ class RLHFModule(Update):
         self.advantage_options: dict[str, Any] = dict(chosen["advantage_options"])
         self.policy_loss: str = chosen["policy_loss"]
         self.policy_loss_options: dict[str, Any] = dict(chosen["policy_loss_options"])
-        self.correction, self.correction_options = correction, dict(correction_options or {})
+        self.staleness = staleness
+        self.correction = correction or ("token_truncated" if staleness else "none")
+        self.correction_options = dict(correction_options or {})
         self.aggregation: str = chosen["aggregation"]
         self.high_entropy_share = high_entropy_share
         self.kl_coef: float = chosen["kl_coef"]
@@ -225,6 +234,8 @@ class RLHFModule(Update):
         if environment is not None:
             self.episodes = Episodes(environment, max_turns or 8, rewards.deadline)
             rewards = with_environment(rewards)
+            if staleness:
+                raise ValueError(f"staleness={staleness} with an environment: {ONE_CALL}")
         elif (max_turns, max_length) != (None, None) or "environment" in rewards.names:
             raise ValueError("max_turns, max_length and the reward 'environment' need RLHFModule(environment=...)")
         self.rewards = rewards
@@ -237,6 +248,9 @@ class RLHFModule(Update):
         self.critic: nn.Module | None = None
         self.iteration = 0
         self.last_trajectories: list[Trajectory] = []
+        self._ahead: Ahead | None = None
+        """The rollout of the next iteration, as long as it goes on; and what came of it."""
+        self._sampled_ahead: Sampled | None = None
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
@@ -248,7 +262,14 @@ class RLHFModule(Update):
     def training_step(self, batch: list[Prompt], batch_idx: int) -> None:
         """Prompts → completions → rewards → advantages → optimizer steps."""
         start = time.perf_counter()
-        if self.dynamic_sampling:
+        if self.staleness:
+            sampled, self._sampled_ahead = self._sampled_ahead, None
+            self._ahead = self._sample_ahead(batch, self.iteration + (sampled is not None))
+            if sampled is None:
+                self.last_trajectories = []
+                return
+            learnable = sampled.trajectories
+        elif self.dynamic_sampling:
             with self.rollout_engine.awake():  # in between it could lose its weights
                 sampled = self._sample(batch)
                 learnable = self._refilled(sampled, batch)
@@ -264,17 +285,29 @@ class RLHFModule(Update):
         self._log_iteration(sampled, usable, metrics, seconds)
         self.iteration += 1
 
-    def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> _Sampled:
+    def _sample_ahead(self, prompts: Sequence[Prompt], iteration: int) -> Ahead:
+        """Begin with the rollout for a later iteration."""
+        numbers, sampling = self._group_numbers(len(prompts)), self._iteration_sampling(iteration)
+        return Ahead(self.rollout_engine, self.rewards, self.strategy, prompts, sampling, numbers, self._trajectories)
+
+    def finish_sampling(self) -> None:
+        """Wait for what is being sampled for the next iteration. All ranks together; before the weights change."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self._sampled_ahead = ahead.finish()
+
+    def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> Sampled:
         """Completions with their rewards, which are computed while others are still being generated."""
         start = time.perf_counter()
         with self.rewards.in_background(self.strategy) as scoring:
-            trajectories = self.rollout(prompts, self._iteration_sampling(), scoring.add, first_group)
+            sampling = self._iteration_sampling(self.iteration)
+            trajectories = self.rollout(prompts, sampling, scoring.add, first_group)
             generated = time.perf_counter()
             report = scoring.finish()
         seconds = {"rollout": generated - start, "rewards": time.perf_counter() - generated}
-        return _Sampled(trajectories, report, seconds)
+        return Sampled(trajectories, report, seconds)
 
-    def _refilled(self, sampled: _Sampled, batch: Sequence[Prompt]) -> list[Trajectory]:
+    def _refilled(self, sampled: Sampled, batch: Sequence[Prompt]) -> list[Trajectory]:
         """As many groups of unequal rewards as the batch has prompts: others are sampled until there are.
 
         What is sampled is added to `sampled`. All ranks together; they may end up with unequal numbers of groups.
@@ -323,8 +356,7 @@ class RLHFModule(Update):
             on_group: called with each group as soon as the engine has finished it.
             first_group: number of the first.
         """
-        engine, ranks, rank = self.rollout_engine, self.trainer.world_size, self.trainer.global_rank
-        numbers = [first_group + k * ranks + rank for k in range(len(prompts))]
+        engine, numbers = self.rollout_engine, self._group_numbers(len(prompts), first_group)
         groups: dict[int, list[Trajectory]] = {}
         ids = [p.token_ids for p in prompts]
         hot = self.first_token_temperature if self.trainer.training else None
@@ -348,6 +380,9 @@ class RLHFModule(Update):
                         on_group(list(group))
         self.last_trajectories = [t for i in range(len(prompts)) for t in groups[i]]
         return self.last_trajectories
+
+    def _group_numbers(self, count: int, first: int = 0) -> list[int]:
+        return [first + k * self.trainer.world_size + self.trainer.global_rank for k in range(count)]
 
     def _longest(self) -> int:
         """Most tokens of a prompt with its completion."""
@@ -452,6 +487,8 @@ class RLHFModule(Update):
                 "Trainer(callbacks=[TransformersRollout()])"
             )
         (engine,) = engines
+        if self.staleness and stage == "fit":
+            self._check_engine_generates_elsewhere(engine)
         temperatures = {
             "sampling.temperature": self.sampling.temperature,
             "val_sampling.temperature": self.val_sampling.temperature,
@@ -461,6 +498,16 @@ class RLHFModule(Update):
             if temperature > engine.max_temperature:
                 limit = f"{type(engine).__name__} takes at most {engine.max_temperature:g}"
                 raise ValueError(f"{name}={temperature}: {limit}")
+
+    def _check_engine_generates_elsewhere(self, engine: RolloutCallback) -> None:
+        told = f"staleness={self.staleness} with {type(engine).__name__}"
+        if not engine.generates_elsewhere:
+            raise ValueError(
+                f"{told}, which generates in the training process: use an engine in another one, like "
+                "RemoteRollout(engine='vllm')"
+            )
+        if engine.sleep_level:
+            raise ValueError(f"{told}(sleep_level={engine.sleep_level}): it never sleeps, leave sleep_level out")
 
     @override
     def configure_model(self) -> None:
@@ -516,6 +563,10 @@ class RLHFModule(Update):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         moments = self.reward_moments.state_dict()
         checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef, "reward_moments": moments}
+        self.finish_sampling()
+        if self._sampled_ahead is not None:
+            state = sampled_state(self._sampled_ahead, self.strategy.gather_objects)
+            checkpoint["lightrft"]["sampled_ahead"] = state
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -528,6 +579,9 @@ class RLHFModule(Update):
         if "reward_moments" in state:
             self.reward_moments.load_state_dict(state["reward_moments"])
         self._rng_to_restore = checkpoint.get("lightrft_rng")
+        if self.staleness and "sampled_ahead" in state and self._trainer is not None:
+            ranks = self.trainer.world_size
+            self._sampled_ahead = sampled_from_state(state["sampled_ahead"], self.trainer.global_rank, ranks)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -588,13 +642,13 @@ class RLHFModule(Update):
         seed = derive_seed(self.seed, self.val_sampling.seed, batch_idx, dataloader_idx)
         return dataclasses.replace(self.val_sampling, seed=seed)
 
-    def _iteration_sampling(self) -> SamplingParams:
-        seed = derive_seed(self.seed, self.sampling.seed, self.iteration, 0)
+    def _iteration_sampling(self, iteration: int) -> SamplingParams:
+        seed = derive_seed(self.seed, self.sampling.seed, iteration, 0)
         return dataclasses.replace(self.sampling, seed=seed)
 
     def _log_iteration(
         self,
-        sampled: _Sampled,
+        sampled: Sampled,
         usable: Sequence[Trajectory],
         update: Mapping[str, float],
         seconds: Mapping[str, float],
@@ -612,6 +666,11 @@ class RLHFModule(Update):
             "policy_version": float(self.rollout_engine.version),
             "skipped_steps": float(self.strategy.skipped_steps.get("actor", 0)),
         }
+        if self.staleness:
+            versions = [t.policy_version for t in sampled.trajectories]
+            behind = {"sum": sum(self.rollout_engine.version - v for v in versions), "count": len(versions)}
+            everywhere = self.strategy.all_reduce(behind, op="sum")
+            train["staleness"] = float(everywhere["sum"]) / max(float(everywhere["count"]), 1.0)
         if self.dynamic_sampling:
             train["resampled_groups"] = float(sampled.resampled)
         if self.reward_norm != "none":
@@ -624,21 +683,6 @@ class RLHFModule(Update):
         timing = {k: v for k, v in seconds.items() if k != "iteration"} | {"tokens_per_second": tokens / iteration}
         values = {f"train/{k}": v for k, v in train.items()} | {f"time/{k}": v for k, v in timing.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=len(samples))
-
-
-@dataclasses.dataclass
-class _Sampled:
-    """What one iteration has sampled: completions with rewards, what became of these, and how long it took."""
-
-    trajectories: list[Trajectory]
-    report: RewardReport
-    seconds: dict[str, float]
-    resampled: int = 0
-
-    def add(self, other: _Sampled) -> None:
-        self.trajectories = self.trajectories + other.trajectories
-        self.report = self.report + other.report
-        self.seconds = {name: value + other.seconds[name] for name, value in self.seconds.items()}
 
 
 def _reward_norm(config: StrategyConfig) -> str:

@@ -117,7 +117,7 @@ def planned_iterations(trainer: pl.Trainer, module: RLHFModule) -> int | None:
     """Iterations after which the Trainer stops by its own settings; None if only time or the user ends the run."""
     limits: list[float] = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        limits.append(trainer.max_epochs * trainer.num_training_batches)
+        limits.append(trainer.max_epochs * trainer.num_training_batches - module.staleness)
     if trainer.max_steps > 0:
         # Not from the start: an iteration without any signal in its rewards makes no step.
         steps_left = max(0, trainer.max_steps - trainer.global_step)

@@ -112,18 +112,19 @@ class RolloutCallback(Callback, RolloutEngine):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        pl_module.finish_sampling()
         if self.sleep_level == 2:
             self.version, self.stale = self.version + 1, True
         else:
             self._timed_sync(pl_module, self.version + 1)
-        self._check_drift(trainer)
+        self._check_drift(trainer, pl_module)
 
     def _timed_sync(self, module: RLHFModule, version: int) -> None:
         start = time.perf_counter()
         self.sync(module, version)
         module.log("time/sync", time.perf_counter() - start)
 
-    def _check_drift(self, trainer: pl.Trainer) -> None:
+    def _check_drift(self, trainer: pl.Trainer, module: RLHFModule) -> None:
         mean = float(trainer.callback_metrics.get("train/mismatch_mean", 0.0))
         told = (
             f"{type(self).__name__}: the engine's and the trainer's log-probabilities of the same tokens differ by "
@@ -131,7 +132,8 @@ class RolloutCallback(Callback, RolloutEngine):
         )
         if self.drift_limit is not None and not mean <= self.drift_limit:
             raise DriftError(f"{told}, more than drift_limit={self.drift_limit}: weights or precision do not match")
-        if self.drift_warning is not None and not mean <= self.drift_warning:
+        # Samples of older weights differ as they should.
+        if self.drift_warning is not None and not module.staleness and not mean <= self.drift_warning:
             log.warning("%s, more than drift_warning=%s: weights or precision may not match", told, self.drift_warning)
 
     @override

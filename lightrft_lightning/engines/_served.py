@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
 import tempfile
@@ -20,13 +21,15 @@ from typing_extensions import override
 from lightrft_lightning.engines._client import Hanging, ServerFault, Unreachable
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._wire import KEY_VARIABLE
-from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.engines.base import EngineError, Generation
 from lightrft_lightning.engines.weight_sync import EngineWithCopy, memory_reported
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Request = tuple[Sequence[int], int, Sequence[Any]]  # token ids, stream, images
@@ -61,6 +64,8 @@ class ServedRollout(EngineWithCopy):
     Raises:
         ValueError: an argument is out of range, or does not go with the others.
     """
+
+    generates_elsewhere = True
 
     def __init__(
         self,
@@ -294,11 +299,7 @@ class ServedRollout(EngineWithCopy):
         images: Sequence[Sequence[Any]] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """As `generate`; with a single rank, group by group as they arrive."""
-        numbers = range(len(prompts)) if streams is None else streams
-        mine: list[Request] = list(zip(prompts, numbers, images or [()] * len(prompts), strict=True))
-        of_ranks: list[list[Request]] = self._gather(mine)
-        first = sum(map(len, of_ranks[: self._ranks()[0]]))
-        left = dict(enumerate(request for requests in of_ranks for request in requests))
+        mine, first, left = self._requests(prompts, streams, images)
         failures, error, end = 0, None, time.monotonic() + self.deadline
         while left:
             try:
@@ -313,6 +314,27 @@ class ServedRollout(EngineWithCopy):
                 failures, error = failures + 1, err
                 if failures > self.retries:
                     raise
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], streams: Sequence[int] | None, images: Sequence[Sequence[Any]] | None
+    ) -> tuple[list[Request], int, dict[int, Request]]:
+        """Those of this rank, the number of its first one among those of all ranks, and these by their number."""
+        numbers = range(len(prompts)) if streams is None else streams
+        mine: list[Request] = list(zip(prompts, numbers, images or [()] * len(prompts), strict=True))
+        of_ranks: list[list[Request]] = self._gather(mine)
+        first = sum(map(len, of_ranks[: self._ranks()[0]]))
+        return mine, first, dict(enumerate(request for requests in of_ranks for request in requests))
+
+    @override
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        streams: Sequence[int] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> Generation:
+        self._restore_weights()
+        return _Begun(self, prompts, sampling, streams, on_group)
 
     def _arriving(
         self, wanted: Mapping[int, Request], sampling: SamplingParams, end: float
@@ -370,3 +392,53 @@ class ServedRollout(EngineWithCopy):
             with memory_reported(f"{self._name}.wake_up()"):
                 self._repeat(partial(self._on_rank_0, self._wake))
             self._asleep = False
+
+
+class _Begun(Generation):
+    """What rank 0 asks a server for in the background; no rank hears of it before the end.
+
+    The thread repeats nothing: a server that has lost the weights would get those that are changing at that moment.
+    What is missing in the end is asked for again then.
+    """
+
+    def __init__(
+        self,
+        engine: ServedRollout,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        streams: Sequence[int] | None,
+        on_group: Callable[[int, list[Completion]], None] | None,
+    ) -> None:
+        self._engine, self._sampling, self._told = engine, sampling, on_group
+        self._mine, self._first, wanted = engine._requests(prompts, streams, None)
+        rank, ranks = engine._ranks()
+        self._alone = ranks == 1
+        asked = engine._ask(wanted, sampling, time.monotonic() + engine.deadline) if rank == 0 else ()
+        super().__init__(asked, on_group if self._alone else None)
+
+    @override
+    def finish(self) -> dict[int, list[Completion]]:
+        self.wait()
+        error = self.error
+        if isinstance(error, EngineError):
+            error = self._engine._with_last_lines(error)
+        done, error = self._engine._gather((self.done, error))[0]
+        if error is not None and not isinstance(error, Unreachable | ServerFault):
+            raise error
+        mine = {i: done[self._first + i] for i in range(len(self._mine)) if self._first + i in done}
+        missing = [i for i in range(len(self._mine)) if i not in mine]
+        if not self._alone:
+            self._tell(mine)
+        if error is not None:
+            log.warning("%s; asking again for what is missing", error)
+            requests = [self._mine[i] for i in missing]
+            prompts, numbers = [r[0] for r in requests], [r[1] for r in requests]
+            rest = {missing[k]: found for k, found in self._engine.stream(prompts, self._sampling, numbers)}
+            self._tell(rest)
+            mine |= rest
+        return mine
+
+    def _tell(self, groups: Mapping[int, list[Completion]]) -> None:
+        if self._told is not None:
+            for i, completions in groups.items():
+                self._told(i, completions)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +18,50 @@ if TYPE_CHECKING:
 
 class EngineError(RuntimeError):
     """An engine died, hung, refused a call or gave a wrong answer; the message names the engine and the call."""
+
+
+class Generation:
+    """Groups that are generated in a thread of their own while the caller does something else.
+
+    Args:
+        groups: what to go through: a prompt's position and its completions.
+        on_group: called with each of them in that thread.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[tuple[int, list[Completion]]],
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> None:
+        self.done: dict[int, list[Completion]] = {}
+        self.error: Exception | None = None
+        self._groups, self._on_group = groups, on_group
+        self._thread = threading.Thread(target=self._run, name="lightrft-rollout", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for i, completions in self._groups:
+                if self._on_group is not None:
+                    self._on_group(i, completions)
+                self.done[i] = completions
+        except Exception as err:
+            self.error = err
+
+    def wait(self) -> None:
+        """Wait for the end, also that by an error. The engine's deadline is the limit."""
+        self._thread.join()
+
+    def finish(self) -> dict[int, list[Completion]]:
+        """All groups, once they are there.
+
+        Raises:
+            EngineError: as `RolloutEngine.generate`.
+        """
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self.done
 
 
 class RolloutEngine(ABC):
@@ -33,6 +78,8 @@ class RolloutEngine(ABC):
     """Whether `generate` and `stream` take ``images=``: for each prompt the images that its placeholders stand for."""
     max_temperature: float = math.inf
     """The highest sampling temperature that it takes."""
+    generates_elsewhere: bool = False
+    """Whether another process generates, so that this one can train meanwhile (`begin`)."""
     has_copy: bool = False
     """Whether the engine has weights of its own, which `update_weights` must bring up to date."""
 
@@ -66,6 +113,30 @@ class RolloutEngine(ABC):
         An engine that cannot do this gives all of them at the end.
         """
         yield from enumerate(self.generate(prompts, sampling, streams))
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        streams: Sequence[int] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> Generation:
+        """As `stream`, in the background: to train meanwhile. Nothing else may be asked of the engine until its end.
+
+        All ranks begin it together and finish it together.
+
+        Args:
+            prompts: as in `generate`, like
+            sampling: and
+            streams: are.
+            on_group: called once with each prompt's position and its completions, in any thread.
+
+        Raises:
+            EngineError: it generates in this process.
+        """
+        if not self.generates_elsewhere:
+            raise EngineError(f"{type(self).__name__} generates in the training process, not beside it")
+        return Generation(self.stream(prompts, sampling, streams), on_group)
 
     @abstractmethod
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

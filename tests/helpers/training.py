@@ -34,7 +34,7 @@ def make_module(**settings):
 
 
 def make_trainer(path: Path, **settings):
-    callbacks = [TransformersRollout(), *settings.pop("callbacks", [])]
+    callbacks = [settings.pop("engine", None) or TransformersRollout(), *settings.pop("callbacks", [])]
     defaults = {
         "strategy": "lightrft_fake",
         "accelerator": "cpu",

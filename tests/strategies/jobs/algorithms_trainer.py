@@ -35,12 +35,14 @@ def one_process():
         os.environ.update(ranks)
 
 
-def train(strategy, ranks, batch_size=4, **settings):
-    """Tokens of all ranks by prompt, and the weights of policy and critic, before and after two iterations."""
+def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **settings):
+    """Tokens of all ranks by prompt, and the weights of policy and critic, before and after the iterations."""
     module = make_module(**{"sampling": {"n": 3, "max_new_tokens": 6}, "steps_per_epoch": 2, **settings})
     module.configure_model()
     before = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
-    trainer = make_trainer(FOLDER, strategy=strategy, devices=ranks, limit_train_batches=2, limit_val_batches=0)
+    trainer = make_trainer(
+        FOLDER, engine=engine(), strategy=strategy, devices=ranks, limit_train_batches=iterations, limit_val_batches=0
+    )
     trainer.fit(module, make_data(batch_size=batch_size // ranks, shuffle=False))
     tokens = {t.group: t.completion.token_ids for t in module.last_trajectories}
     tokens = {group: ids for rank in trainer.strategy.gather_objects(tokens) for group, ids in rank.items()}
