@@ -7,9 +7,9 @@ clipping), in fp32 and without gradient checkpointing.
     python benchmarks/against_trl.py iteration            # generation, rewards, training; reward curves
     python benchmarks/against_trl.py memory               # peak of the training phase at a large vocabulary
 
-``training`` and ``memory`` give both the same completions through each one's own interface for rollouts, and compare the
-gradients of the first step. ``iteration`` generates, with the sampling and prompts of the demo. TRL always generates with
-transformers: its vLLM support needs a GPU.
+``training`` and ``memory`` give both the same completions through each one's own interface for rollouts, and compare
+the gradients of the first step. ``iteration`` generates, with the sampling and prompts of the demo. TRL always
+generates with transformers: its vLLM support needs a GPU.
 """
 
 from __future__ import annotations
