@@ -12,8 +12,8 @@ from lightrft_lightning.experience.trajectory import Completion, Prompt, Traject
 from lightrft_lightning.rewards import Rewards
 
 SAMPLES = 10_000
-DEADLINE = 1.0
-"""Where a sample hangs; elsewhere there is time, because a busy machine is no failure."""
+DEADLINE = 4.0
+"""Of the parts in which a sample hangs; elsewhere there is time, because a busy machine is no failure."""
 TEN_MB = "x" * 10_000_000
 SHAPES = ("single", "batch", "async", "async batch", "process", "process batch")
 
