@@ -196,6 +196,7 @@ def time_main(name: str, shape: str, rounds: int, device: str, plain_first: bool
     parameters = 4 * sum(t.numel() for _, t in strategy.named_full_tensors(model))
     return {
         "seconds": statistics.median(times["ours"]),
+        "spread": spread(times["ours"]),
         "overhead": ratio - 1,
         "bytes": traffic.bytes,
         "parameter_bytes": parameters,
