@@ -20,7 +20,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 TINY, DEMO = str(EXAMPLES / "tiny_from_scratch.yaml"), str(EXAMPLES / "smollm2_arithmetic.yaml")
-SHORT = ["--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1", "--data.val.size", "4"]
+SHORT = [
+    "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0",
+    "--trainer.val_check_interval", "1",
+]  # fmt: skip
 BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "packing": (["packing.py", "--rounds", "3"], ["--layers", "1", "--rounds", "1", "--vocab", "512"]),
     "logprob_memory": (

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _common import need_device, report  # isort: skip
+from _common import need_device, report, spread  # isort: skip
 
 NAMES = (
     "lightrft_fake",
@@ -275,6 +275,7 @@ def row_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "strategy": name,
         "processes": ranks,
         "seconds a step": timed["seconds"],
+        "spread": timed["spread"],
         "overhead of the wrapper": f"{overhead:+.1%}",
         "peak memory a rank (MB)": memory["peak"] / 1e6,
         "sent a step (MB)": timed["bytes"] / 1e6,
