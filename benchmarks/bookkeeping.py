@@ -1,9 +1,9 @@
 """What an iteration of many completions costs beside generation and training: decoding, rewards, packing, logs.
 
 One iteration of `RLHFModule` under a `Trainer` with an engine that returns made-up completions at once, and a model so
-small that its passes cost next to nothing; what they do cost is measured and taken off. The tokenizer is SmolLM2's. It is
-compared with generation and training of SmolLM2-135M for as many tokens, from the rates in ``rollout.json`` and
-``against_trl_training.json`` of this machine.
+small that its passes cost little; what they cost is measured and taken off. Against it stands the time in which vLLM
+generates as many tokens with SmolLM2-135M, from the rate in ``rollout.json`` of the same machine: the part of a real
+iteration that is the shortest, so the share of the whole is smaller still.
 
     python benchmarks/bookkeeping.py                 # the record
     python benchmarks/bookkeeping.py --prompts 4     # smoke
