@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 # DeepSpeed's own kernels need CUDA; what the CPU needs it compiles when it is used.
 export DS_BUILD_OPS := 0
@@ -36,6 +36,10 @@ lint: $(READY)
 
 test: lint $(VLLM)
 	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Every table of the README, with what has changed: hours. `make bench ONLY="packing rollout"` makes some of them.
+bench: $(VLLM)
+	$(BIN)/python benchmarks/all.py $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache

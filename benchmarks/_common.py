@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,14 +71,48 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def spread(values: Sequence[float]) -> str:
+    """How far the lowest and the highest are from the median, like ``-3% +8%``."""
+    middle = median(values)
+    return f"{min(values) / middle - 1:+.0%} {max(values) / middle - 1:+.0%}"
+
+
+def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[str]:
+    """What has changed since `before`, a line for each row that both have; measured numbers are the floats."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        numbers = (float, list)
+        texts = {k: v for k, v in row.items() if not isinstance(v, numbers) and not re.search("spread|rewards", k)}
+        return tuple(texts.items())
+
+    last = {key(row): row for row in before}
+    lines = []
+    for row in rows:
+        was = last.get(key(row), {})
+        changes = [
+            f"{k} {was[k]:.3g} -> {v:.3g} ({v / was[k] - 1:+.0%})"
+            for k, v in row.items()
+            if isinstance(v, float) and isinstance(was.get(k), float) and was[k] and v != was[k]
+        ]
+        if changes:
+            lines.append(f"{', '.join(str(v) for _, v in key(row))}: {'; '.join(changes)}")
+    return lines
+
+
 def report(
     name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path | None = None, **more: Any
 ) -> None:
-    """Print the table and write ``benchmarks/results/<name>.json``, or `out`, with what else there is in `more`."""
+    """Print the table and what has changed, and write ``benchmarks/results/<name>.json``, or `out`, with `more`."""
     machine = machine_info()
     print(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {settings}\n")
     print(markdown_table(rows))
     path = out or RESULTS / f"{name}.json"
+    if path.exists():
+        last = json.loads(path.read_text())
+        same = "the same settings" if last["settings"] == json.loads(json.dumps(settings)) else "OTHER SETTINGS"
+        versions = "" if last["machine"] == machine else f", on {last['machine']}"
+        print(f"\nagainst the run of {last['when']} ({same}{versions}):")
+        print("\n".join(f"- {line}" for line in compared(rows, last["rows"])) or "- no row of it is here again")
     path.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = {"benchmark": name, "when": when, "machine": machine, "settings": settings, "rows": list(rows)}

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from _common import peak_rss_mb, report
+from _common import peak_rss_mb, report, spread
 
 DEADLINE = 1800.0
 """Seconds that one iteration may take."""
@@ -318,7 +318,9 @@ def training(args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "prompt tokens": prompt_tokens,
                 "TRL s": seconds["TRL"],
+                "TRL spread": spread([r["training"] for r in results["TRL"]]),
                 "ours s": seconds["ours"],
+                "ours spread": spread([r["training"] for r in results["ours"]]),
                 "ratio": seconds["TRL"] / seconds["ours"],
                 "lowest ratio": min(ratios),
                 "highest ratio": max(ratios),
@@ -336,6 +338,7 @@ def iteration(args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "program": name,
             "iteration s": seconds[name],
+            "spread": spread([r["iteration"] for r in of_name]),
             "rollout s": median(r["rollout"] for r in of_name),
             "training s": median(r["training"] for r in of_name),
             "ratio": seconds["TRL"] / seconds[name],

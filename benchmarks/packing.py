@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report
+from _common import report, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +76,9 @@ def compare(model: LlamaForCausalLM, prompt_length: int, args: argparse.Namespac
         "shared tokens": tokens["shared"],
         "tokens ratio": tokens["padded"] / tokens["shared"],
         "padded s": times["padded"],
+        "padded spread": spread(seconds["padded"]),
         "shared s": times["shared"],
+        "shared spread": spread(seconds["shared"]),
         "time ratio": times["padded"] / times["shared"],
         "gradient difference": difference.item(),
     }

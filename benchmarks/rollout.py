@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _common import report
+from _common import report, spread
 
 from lightrft_lightning import FakeStrategy, SamplingParams, TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
@@ -94,6 +94,7 @@ def main() -> None:
             "engine": name,
             "completion tokens": tokens[name],
             "seconds": median(seconds[name]),
+            "spread": spread(seconds[name]),
             "tokens/s": rates[name],
             "ratio": rates[name] / rates["plain generate"],
         }

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _common import need_device, report  # isort: skip
+from _common import need_device, report, spread  # isort: skip
 
 NAMES = (
     "lightrft_fake",
@@ -196,6 +196,7 @@ def time_main(name: str, shape: str, rounds: int, device: str, plain_first: bool
     parameters = 4 * sum(t.numel() for _, t in strategy.named_full_tensors(model))
     return {
         "seconds": statistics.median(times["ours"]),
+        "spread": spread(times["ours"]),
         "overhead": ratio - 1,
         "bytes": traffic.bytes,
         "parameter_bytes": parameters,
@@ -274,6 +275,7 @@ def row_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "strategy": name,
         "processes": ranks,
         "seconds a step": timed["seconds"],
+        "spread": timed["spread"],
         "overhead of the wrapper": f"{overhead:+.1%}",
         "peak memory a rank (MB)": memory["peak"] / 1e6,
         "sent a step (MB)": timed["bytes"] / 1e6,

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report
+from _common import report, spread
 
 from lightrft_lightning import FakeStrategy
 from lightrft_lightning.engines.vllm import VLLMRollout
@@ -85,6 +85,7 @@ def main() -> None:
                     "bucket MB": bucket * 1.048576,
                     "update, verify": name,
                     "seconds": took,
+                    "spread": spread(seconds[name]),
                     "GB/s": size / took / 1e9,
                     "share of memcpy": memcpy / took,
                     "peak extra MB": max(extra[name]),

@@ -118,8 +118,9 @@ class PackedBatch:
             ``[N]``, on the batch's device.
         """
         device = self.target.device
-        flat = torch.cat([torch.as_tensor(v, device=device) for v in values])
-        return flat[_starts([len(v) for v in values], device)[self.trajectory] + self.position]
+        members, index = self.trajectory.unique(return_inverse=True)
+        mine = [torch.as_tensor(values[i], device=device) for i in members.tolist()]
+        return torch.cat(mine)[_starts([len(v) for v in mine], device)[index] + self.position]
 
 
 def pack(

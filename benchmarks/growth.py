@@ -1,0 +1,163 @@
+"""How the training phase grows: time a token, share of the machine's matrix product, and peak memory.
+
+Groups of 8 completions of fixed lengths after prompts of a fixed length, on a model of SmolLM2-135M's shape with fewer
+layers, fp32, forward and backward of a policy-gradient loss.
+
+    python benchmarks/growth.py time        # 1k to 16k packed tokens, in one pass each
+    python benchmarks/growth.py memory      # more and more groups within one token budget, a process each
+
+The FLOPs are those that the tokens need: 6 a weight and token of the decoder layers (prompts count once), 6 a weight
+and completion token of the output head, 12 a head dimension and pair of tokens that see each other. Padding and what is
+computed twice (the output head, in the backward pass) do not count. The matrix product is that of two square matrices
+of 2048, measured in turn with the passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from _common import peak_rss_mb, report, spread
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightrft_lightning.experience.packing import PackedBatch, pack
+from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.models.logprobs import completion_logprobs
+
+SIDE = 2048
+
+
+def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    config = LlamaConfig(hidden_size=576, num_hidden_layers=args.layers, num_attention_heads=9, num_key_value_heads=3,
+                         intermediate_size=1536, vocab_size=args.vocab, tie_word_embeddings=True)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def groups(count: int, args: argparse.Namespace) -> list[Trajectory]:
+    """Random tokens; completions of 16 to 2 x 64 - 16 tokens, the same lengths in every group."""
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(args.vocab, (length,)).tolist())
+
+    step = 2 * (args.completion - 16) // 7
+    made = []
+    for group in range(count):
+        prompt = Prompt(ids(args.prompt), "")
+        for k in range(8):
+            length = 16 + k * step
+            made.append(Trajectory(prompt, Completion(ids(length), (0.0,) * length, "length"), group))
+    return made
+
+
+def useful_flops(model: LlamaForCausalLM, batches: list[PackedBatch]) -> float:
+    head = model.lm_head.weight.numel()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    config: Any = model.config
+    width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    pairs = sum(
+        int((b.attention_mask(torch.float32, "sdpa").squeeze(1) & (b.piece >= 0)[:, :, None]).sum()) for b in batches
+    )
+    tokens, predicted = sum(b.num_tokens for b in batches), sum(b.num_policy_tokens for b in batches)
+    return 6.0 * (layers * tokens + head * predicted) + 12.0 * width * config.num_hidden_layers * pairs
+
+
+def gradient_step(model: LlamaForCausalLM, batches: list[PackedBatch]) -> float:
+    """Seconds of forward and backward."""
+    model.zero_grad()
+    start = time.perf_counter()
+    total = sum(batch.num_policy_tokens for batch in batches)
+    for batch in batches:
+        (-completion_logprobs(model, batch).logprobs.sum() / total).backward()
+    return time.perf_counter() - start
+
+
+def matrix_product(a: torch.Tensor) -> float:
+    """FLOP/s of the machine at this moment."""
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * SIDE**3 / (time.perf_counter() - start)
+
+
+def time_a_token(args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = build_model(args)
+    square = torch.randn(SIDE, SIDE)
+    per_group = sum(len(t.completion.token_ids) for t in groups(1, args)) + args.prompt
+    cases = {}
+    for tokens in args.tokens:
+        trajectories = groups(max(1, round(tokens / per_group)), args)
+        cases[tokens] = pack(trajectories, 2 * tokens, row_length=per_group)
+    seconds: dict[int, list[float]] = {tokens: [] for tokens in cases}
+    shares: dict[int, list[float]] = {tokens: [] for tokens in cases}
+    matrix_product(square), gradient_step(model, cases[args.tokens[0]])  # warm up
+    for _ in range(args.rounds):
+        for tokens, batches in cases.items():
+            before = matrix_product(square)
+            took = gradient_step(model, batches)
+            peak = (before + matrix_product(square)) / 2
+            seconds[tokens].append(took)
+            shares[tokens].append(useful_flops(model, batches) / took / peak)
+    first = median(seconds[args.tokens[0]]) / sum(b.num_tokens for b in cases[args.tokens[0]])
+    rows = []
+    for tokens, batches in cases.items():
+        packed = sum(b.num_tokens for b in batches)
+        each = median(seconds[tokens]) / packed
+        rows.append(
+            {
+                "packed tokens": packed,
+                "passes": len(batches),
+                "seconds": median(seconds[tokens]),
+                "spread": spread(seconds[tokens]),
+                "ms a token": 1000 * each,
+                "against the first": each / first,
+                "share of the matrix product": median(shares[tokens]),
+            }
+        )
+    return rows
+
+
+def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for count in args.groups:
+        command = [sys.executable, __file__, "memory", "--one", str(count), "--layers", str(args.layers)]
+        command += ["--token-budget", str(args.token_budget), "--vocab", str(args.vocab)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows.append({"groups": count, "peak MB": float(done.stdout.split()[-1])})
+    return [{**row, "against the first": row["peak MB"] / rows[0]["peak MB"]} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["time", "memory"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--completion", type=int, default=64, help="mean tokens of a completion")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.one is not None:
+        gradient_step(build_model(args), pack(groups(args.one, args), args.token_budget))
+        print(peak_rss_mb())
+        return
+    rows = time_a_token(args) if args.what == "time" else memory(args)
+    report(
+        f"growth_{args.what}", rows, {k: v for k, v in vars(args).items() if k not in ("out", "one", "what")}, args.out
+    )
+
+
+if __name__ == "__main__":
+    main()
