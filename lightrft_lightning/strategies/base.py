@@ -523,6 +523,14 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         """`value` of every rank, in their order; any object that can be pickled."""
         return [value]
 
+    def exchange_objects(self, parcels: Sequence[Any]) -> list[Any]:
+        """Send ``parcels[r]`` to rank r; returns what each rank has sent here, in their order.
+
+        Args:
+            parcels: one for each rank, any objects that can be pickled.
+        """
+        return list(parcels)
+
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Combine tensors or numbers over all ranks, in nested dicts and lists too; the identity in one process.
 
