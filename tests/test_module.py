@@ -697,3 +697,21 @@ def test_from_config_takes_rewards_from_a_server():
     assert RLHFModule.from_config(config, "anything", tokenizer=object()).rewards.names == ["remote"]
     with pytest.raises(ValueError, match=r"remote_rm_url='http.* and rewards=.*give one of them"):
         RLHFModule.from_config(config, "anything", "exact_match", tokenizer=object())
+
+
+def test_recomputed_and_compiled_layers_train_as_the_others(tmp_path):
+    def trained(**settings):
+        module = make_module(algorithm="ppo", kl_coef=0.1, **settings)
+        make_trainer(tmp_path, limit_train_batches=2).fit(module, make_data())
+        return module
+
+    plain, recomputed = trained(), trained(gradient_checkpointing=True)
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        compiled = trained(compile=True)
+    assert all(layer.gradient_checkpointing for m in (recomputed.actor, recomputed.critic) for layer in m.model.layers)
+    assert all(layer._compiled_call_impl for m in (compiled.actor, compiled.critic) for layer in m.model.layers)
+    for module in (recomputed, compiled):
+        got, expected = module.state_dict(), plain.state_dict()
+        assert got.keys() == expected.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=0)

@@ -25,6 +25,7 @@ from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+from lightrft_lightning.models.layers import uncompiled
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,7 @@ class TransformersRollout(RolloutCallback):
 
         # no_grad rather than inference_mode: nothing made here may be refused by autograd when training continues.
         whole = nullcontext() if self.strategy is None else self.strategy.gathered_parameters(self._model)
-        with torch.no_grad(), whole, _evaluating(self._model), _grouped_attention():
+        with torch.no_grad(), whole, _evaluating(self._model), uncompiled(self._model), _grouped_attention():
             decoder = _Decoder(self._model, self.tokenizer, sampling)
             for start in range(0, len(rows), step):
                 decoder.run(prompts, rows[start : start + step], limit)

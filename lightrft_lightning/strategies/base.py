@@ -294,6 +294,10 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         mixed = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
         return mixed.get(str(self.precision_plugin.precision), torch.float32)
 
+    def compile_problem(self) -> str | None:
+        """Why the layers of a model cannot be compiled with `torch.compile` here; None if they can."""
+        return None
+
     def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Where to build a large model.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "helpers"))
 
 import checks
+import pytest
 import torch
 from training import make_data, make_module, make_trainer
 
@@ -88,6 +89,18 @@ def check_a_rank_with_short_completions_takes_work_over():
     of_rank = [sum(len(ids) for group, ids in tokens.items() if group % RANKS == rank) for rank in range(RANKS)]
     assert of_rank[1] > 2 * of_rank[0]
     assert metrics["train/balance"] < 1.1, metrics["train/balance"]
+
+
+def check_recomputed_and_compiled_layers():
+    settings = {"algorithm": "ppo", "critic": OWN, "gradient_checkpointing": True}
+    # What is compiled here are the layers with the hooks of the back end; how, does not matter.
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        if STRATEGY.endswith("stage_3"):
+            with pytest.raises(ValueError, match=r"compile=True\): ZeRO-3 gathers"):
+                train(STRATEGY, RANKS, compile=True)
+            assert_independent_of_ranks(**settings)
+        else:
+            assert_independent_of_ranks(**settings, compile=True)
 
 
 def check_ppo_with_a_critic_of_its_own():
