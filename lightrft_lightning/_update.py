@@ -29,7 +29,13 @@ from lightrft_lightning.experience.balance import (
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.metrics import combine_passes, mean_over_steps
-from lightrft_lightning.models.logprobs import completion_logprobs
+from lightrft_lightning.models.attention import FLEX, TOLERANCES, flex_difference, flex_problem, prefers_flex
+from lightrft_lightning.models.logprobs import (
+    completion_logprobs,
+    find_causal_lm,
+    pretrained_part,
+    shared_prompt_problem,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -320,6 +326,44 @@ class Update(Settings):
         raw = getattr(optimizer, "optimizer", optimizer)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return next((s for s in schedulers if s.optimizer is raw), None)
+
+    # ---------------------------------------------------------------- the attention kernel
+
+    def _settle_attention(self) -> None:
+        """Take ``flex_attention`` if it is named or, by ``auto``, to be preferred, and if it computes the right thing.
+
+        All ranks together, once the strategy has prepared the models.
+        """
+        if not self.share_prompts:
+            return
+        actor, device = find_causal_lm(self.actor), self.strategy.root_device  # type: ignore[arg-type]
+        if (problem := shared_prompt_problem(actor)) is not None:
+            raise ValueError(f"{problem}; or set share_prompts=False")
+        kernel = actor.config._attn_implementation
+        chosen = self.attn_implementation == "auto" and kernel == "sdpa" and prefers_flex(actor, device)
+        if kernel != FLEX and not chosen:
+            return
+        problem = flex_problem(actor, device) or self._flex_mistake(device)
+        if problem is not None and not chosen:
+            raise RuntimeError(f"attn_implementation='flex_attention': {problem}; take 'sdpa'")
+        if problem is not None:
+            log.warning("%s: attention takes a dense mask (sdpa)", problem)
+        for model in (self.actor, self.reference, self.critic):
+            part: Any = None if model is None else pretrained_part(model)
+            # Those of the same type have the same layers.
+            if part is not None and part.config.model_type == actor.config.model_type:
+                part.set_attn_implementation(FLEX if problem is None else "sdpa")
+
+    def _flex_mistake(self, device: torch.device) -> str | None:
+        """What is wrong with the policy's log-probabilities under ``flex_attention``, on any rank."""
+        try:
+            difference = flex_difference(self.actor, device)
+        except RuntimeError as err:  # of the compiler
+            return f"flex_attention does not run here ({str(err).splitlines()[0]})"
+        most, allowed = self.strategy.all_reduce(difference, op="max"), TOLERANCES[self.strategy.compute_dtype]
+        if most <= allowed:
+            return None
+        return f"flex_attention gives log-probabilities that are off by {most:.2g} nats, allowed are {allowed:g}"
 
     # ---------------------------------------------------------------- parts of the update
 

@@ -35,6 +35,7 @@ from lightrft_lightning.metrics import (
 )
 from lightrft_lightning.models.layers import checkpoint_activations, compile_layers
 from lightrft_lightning.models.loading import load_model, load_tokenizer
+from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.rewards import RewardReport, Rewards
 
 if TYPE_CHECKING:
@@ -104,7 +105,11 @@ class RLHFModule(Update):
         epochs_per_rollout: passes over the samples of one rollout.
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
         token_budget: most tokens (padding included) of one forward pass.
-        share_prompts: lay out a group with its prompt once; False pads one row a completion.
+        share_prompts: lay out a group with its prompt once; False pads one row a completion, which models without a
+            mask for that need (recurrent layers, ``flash_attention_2``).
+        attn_implementation: of the policy, as in `load_model`. ``auto``: ``flex_attention`` on CUDA, if it gives the
+            log-probabilities of a dense mask there, which is looked at once; otherwise ``sdpa``, or what a model object
+            has. If ``flex_attention`` is named and does not give them, that is an error.
         gradient_checkpointing: keep only the inputs of the decoder layers of policy and critic for the backward pass,
             which computes them a second time: less memory, a third more work.
         compile: `torch.compile` these layers for training and scoring passes; generation stays as it is. The first pass
@@ -162,6 +167,7 @@ class RLHFModule(Update):
         steps_per_epoch: int = 1,
         token_budget: int = 8192,
         share_prompts: bool = True,
+        attn_implementation: str = "auto",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         pass_threshold: float = 1.0,
@@ -218,6 +224,7 @@ class RLHFModule(Update):
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
         self.token_budget, self.share_prompts = token_budget, share_prompts
+        self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile  # `compile` is a method of every module
         self.pass_threshold = pass_threshold
@@ -475,11 +482,14 @@ class RLHFModule(Update):
 
     @override
     def configure_model(self) -> None:
+        kernel = "" if self.attn_implementation == "auto" else self.attn_implementation
         if self.actor is None:
             # Without a trainer this is `load_from_checkpoint`.
             alone = self._trainer is None
             with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
-                self.actor = load_model(self._source).train()
+                self.actor = load_model(self._source, attn_implementation=kernel or "sdpa").train()
+        elif kernel:
+            find_causal_lm(self.actor).set_attn_implementation(kernel)
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
@@ -517,6 +527,7 @@ class RLHFModule(Update):
                     f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
                     + (", or raise token_budget" if name == "token_budget" else "")
                 )
+        self._settle_attention()
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -54,6 +54,18 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and gradient checkpointing off (the latter forbids a cache); every submodule's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     kind = import_extra("transformers.modeling_layers", "hf").GradientCheckpointingLayer
     return (module for module in model.modules() if isinstance(module, kind))

@@ -109,13 +109,14 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    found = _pretrained_part(model)
+    found = pretrained_part(model)
     if found is None or found.base_model is found or found.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
     return found
 
 
-def _pretrained_part(model: nn.Module) -> PreTrainedModel | None:
+def pretrained_part(model: nn.Module) -> PreTrainedModel | None:
+    """The Hugging Face model that `model` is or wraps, if there is one."""
     pretrained = import_extra("transformers", "hf").PreTrainedModel
     return next((module for module in model.modules() if isinstance(module, pretrained)), None)
 
@@ -125,14 +126,14 @@ def shared_prompt_problem(model: nn.Module) -> str | None:
 
     Ask once, when the model is known, and pack with ``share_prompts=False`` if there is a problem.
     """
-    inner = _pretrained_part(model)
+    inner = pretrained_part(model)
     if inner is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face model")
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     name = type(inner).__name__
-    if inner.config._attn_implementation not in ("sdpa", "eager"):
-        return f"attn_implementation={inner.config._attn_implementation!r} takes no dense mask; use 'sdpa'"
+    if inner.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return f"attn_implementation={inner.config._attn_implementation!r} takes no mask for that; use 'sdpa'"
     if getattr(inner, "_is_stateful", False) or not kinds <= {
         "full_attention",
         "sliding_attention",
@@ -154,7 +155,7 @@ def check_layout(model: PreTrainedModel, batch: PackedBatch) -> None:
     config = model.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
-        # A dense mask replaces the model's own, so a window would be ignored without a word.
+        # The mask replaces the model's own, so a window would be ignored without a word.
         if window is not None and int(batch.position_ids.max()) >= window:
             raise ValueError(f"the model attends to {name}={window} tokens, which is shorter than a completion" + fix)
 
