@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,6 @@ from lightrft_lightning.models.attention import FLEX, TOLERANCES, flex_differenc
 from lightrft_lightning.models.logprobs import (
     completion_logprobs,
     find_causal_lm,
-    pretrained_part,
     shared_prompt_problem,
 )
 
@@ -347,23 +347,25 @@ class Update(Settings):
         if problem is not None and not chosen:
             raise RuntimeError(f"attn_implementation='flex_attention': {problem}; take 'sdpa'")
         if problem is not None:
-            log.warning("%s: attention takes a dense mask (sdpa)", problem)
+            log.warning("attn_implementation='auto' takes 'sdpa', not 'flex_attention': %s", problem)
         for model in (self.actor, self.reference, self.critic):
-            part: Any = None if model is None else pretrained_part(model)
+            config = getattr(model, "config", None)
             # Those of the same type have the same layers.
-            if part is not None and part.config.model_type == actor.config.model_type:
-                part.set_attn_implementation(FLEX if problem is None else "sdpa")
+            if config is not None and config.model_type == actor.config.model_type:
+                config._attn_implementation = FLEX if problem is None else "sdpa"
 
     def _flex_mistake(self, device: torch.device) -> str | None:
         """What is wrong with the policy's log-probabilities under ``flex_attention``, on any rank."""
+        error = ""
         try:
             difference = flex_difference(self.actor, device)
         except RuntimeError as err:  # of the compiler
-            return f"flex_attention does not run here ({str(err).splitlines()[0]})"
-        most, allowed = self.strategy.all_reduce(difference, op="max"), TOLERANCES[self.strategy.compute_dtype]
+            difference, error = math.inf, f"it does not run here ({type(err).__name__}: {err})"
+        most = self.strategy.all_reduce(difference, op="max")
+        allowed = max(TOLERANCES.get(dtype, 0.0) for dtype in (self.strategy.compute_dtype, self.actor.dtype))  # type: ignore[union-attr]
         if most <= allowed:
             return None
-        return f"flex_attention gives log-probabilities that are off by {most:.2g} nats, allowed are {allowed:g}"
+        return error or f"its log-probabilities are off by {most:.2g} nats, allowed are {allowed:g}"
 
     # ---------------------------------------------------------------- parts of the update
 

@@ -740,7 +740,7 @@ def test_flex_attention_that_is_wrong_is_left_or_refused(tmp_path, flex_on_cpu, 
     module = make_module()
     make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
     assert module.actor.config._attn_implementation == "sdpa"
-    assert "flex_attention gives log-probabilities that are off by" in caplog.text
+    assert "takes 'sdpa', not 'flex_attention': its log-probabilities are off by" in caplog.text
     with pytest.raises(RuntimeError, match=r"'flex_attention': .* off by .* nats, allowed are 0.001; take 'sdpa'"):
         make_trainer(tmp_path).fit(make_module(attn_implementation="flex_attention"), make_data())
 

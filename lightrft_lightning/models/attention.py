@@ -8,6 +8,7 @@ pack with ``share_prompts=False``.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator
@@ -50,18 +51,23 @@ def flex_problem(model: Any, device: torch.device) -> str | None:
     return None
 
 
+def use_kernel(model: Any, implementation: str) -> None:
+    """Switch a Hugging Face model, or the one that `model` wraps, to another kernel that its class has."""
+    # Not `set_attn_implementation`: it reads the source of the class, which FSDP2 has replaced by one of its own.
+    find_causal_lm(model).config._attn_implementation = implementation
+
+
 @contextmanager
 def without_flex_attention(model: Any) -> Iterator[None]:
     """A model with ``flex_attention`` has ``sdpa`` inside: its block masks would be made anew for every token."""
     if getattr(model.config, "_attn_implementation", "") != FLEX:
         yield
         return
-    inner = find_causal_lm(model)
-    inner.set_attn_implementation("sdpa")
+    use_kernel(model, "sdpa")
     try:
         yield
     finally:
-        inner.set_attn_implementation(FLEX)
+        use_kernel(model, FLEX)
 
 
 @torch.no_grad()
@@ -77,17 +83,16 @@ def flex_difference(model: Any, device: torch.device) -> float:
     Raises:
         RuntimeError: a kernel does not run, e.g. as it cannot be compiled here.
     """
-    inner = find_causal_lm(model)
-    config = inner.config.get_text_config()
+    config = find_causal_lm(model).config.get_text_config()
     windows = (getattr(config, name, None) for name in _WINDOWS)
     groups = _made_up_groups(config.vocab_size, min([96, *(w for w in windows if w is not None)]))
     (batch,) = pack(groups, 10 * _CHECKED_TOKENS)
     results = []
     with evaluating(model):
         for implementation in ("sdpa", FLEX):
-            inner.set_attn_implementation(implementation)
+            use_kernel(model, implementation)
             results.append(completion_logprobs(model, batch.to(device)).logprobs)
-    return float((results[0] - results[1]).abs().max())
+    return float((results[0] - results[1]).abs().nan_to_num(math.inf).max())
 
 
 def _made_up_groups(vocabulary: int, longest: int) -> list[Trajectory]:

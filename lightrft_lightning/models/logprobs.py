@@ -109,14 +109,13 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    found = pretrained_part(model)
+    found = _pretrained_part(model)
     if found is None or found.base_model is found or found.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
     return found
 
 
-def pretrained_part(model: nn.Module) -> PreTrainedModel | None:
-    """The Hugging Face model that `model` is or wraps, if there is one."""
+def _pretrained_part(model: nn.Module) -> PreTrainedModel | None:
     pretrained = import_extra("transformers", "hf").PreTrainedModel
     return next((module for module in model.modules() if isinstance(module, pretrained)), None)
 
@@ -126,7 +125,7 @@ def shared_prompt_problem(model: nn.Module) -> str | None:
 
     Ask once, when the model is known, and pack with ``share_prompts=False`` if there is a problem.
     """
-    inner = pretrained_part(model)
+    inner = _pretrained_part(model)
     if inner is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face model")
     config = inner.config.get_text_config()

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "helpers"))
 import checks
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from training import make_data, make_module, make_trainer
 
 from lightrft_lightning.algorithms import AGGREGATIONS, PRESETS
@@ -101,6 +102,16 @@ def check_recomputed_and_compiled_layers():
             assert_independent_of_ranks(**settings)
         else:
             assert_independent_of_ranks(**settings, compile=True)
+
+
+def check_flex_attention():
+    # Torch refuses its gradients on the CPU, although it has the uncompiled arithmetic.
+    validate, flex_attention._validate_device = flex_attention._validate_device, lambda *tensors: None
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            assert_independent_of_ranks(attn_implementation="flex_attention", gradient_checkpointing=True)
+    finally:
+        flex_attention._validate_device = validate
 
 
 def check_ppo_with_a_critic_of_its_own():
