@@ -26,6 +26,7 @@ SHORT = [
 ]  # fmt: skip
 BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "packing": (["packing.py", "--rounds", "3"], ["--layers", "1", "--rounds", "1", "--vocab", "512"]),
+    "layers": (["layers.py"], ["--layers", "2", "--rounds", "1", "--vocab", "512"]),
     "logprob_memory": (
         ["logprob_memory.py", "--tokens", "512", "2048", "4096", "--vocab", "49152", "--threads", "1"],
         ["--tokens", "256"],

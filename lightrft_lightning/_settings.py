@@ -67,6 +67,9 @@ class Settings(pl.LightningModule):
     steps_per_epoch: int
     token_budget: int
     share_prompts: bool
+    attn_implementation: str
+    gradient_checkpointing: bool
+    compile_layers: bool
     pass_threshold: float
     max_turns: int | None
     max_length: int | None
@@ -212,6 +215,7 @@ class Settings(pl.LightningModule):
             "rewards": rewards if isinstance(rewards, str | Mapping) else None,
             "environment": environment if isinstance(environment, str | Mapping) else None,
             "critic": self.critic_settings and self.critic_settings.plain(),
+            "compile": self.compile_layers,
         }
         names = (
             "first_token_temperature", "algorithm", "advantage_estimator", "advantage_options", "policy_loss",
@@ -219,7 +223,7 @@ class Settings(pl.LightningModule):
             "kl_estimator", "kl_unbiased_gradient", "kl_in", "kl_target", "kl_horizon", "dynamic_sampling", "staleness",
             "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
-            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "pass_threshold", "max_turns",
-            "max_length", "seed",
+            "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "attn_implementation",
+            "gradient_checkpointing", "pass_threshold", "max_turns", "max_length", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,10 +18,24 @@ from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning._settings import Settings
 from lightrft_lightning.algorithms.advantages import global_moments
 from lightrft_lightning.critic import critic_values
+from lightrft_lightning.experience.balance import (
+    by_group,
+    deal,
+    exchanged,
+    flops,
+    for_sending,
+    rank_loads,
+    row_lengths,
+)
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.metrics import combine_passes, mean_over_steps
-from lightrft_lightning.models.logprobs import completion_logprobs
+from lightrft_lightning.models.attention import FLEX, TOLERANCES, flex_difference, flex_problem, prefers_flex
+from lightrft_lightning.models.logprobs import (
+    completion_logprobs,
+    find_causal_lm,
+    shared_prompt_problem,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +78,7 @@ class Update(Settings):
             token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
         mask = _padded([torch.tensor(t.mask) for t in usable])
         if self.critic_settings is not None:
-            self._fill_values(usable)
+            self._fill(usable, ("values",), lambda batch: (self._values(batch),))
         result = algorithms.advantages(
             self.advantage_estimator,
             rewards,
@@ -108,8 +123,9 @@ class Update(Settings):
         self._warn_if_nothing_to_learn(trajectories)
         if self.kl_in == "loss" or not self.kl_coef:
             self._score(trajectories)
-        steps = [[trajectories[i] for i in chosen] for chosen in self._minibatches(trajectories)]
-        metrics = mean_over_steps([self._train_on(minibatch) for minibatch in steps])
+        metrics = mean_over_steps(
+            [self._train_on(minibatch) | busy for minibatch, busy in self._minibatches(trajectories)]
+        )
         if self.critic_settings is not None:
             metrics["explained_variance"] = self._explained_variance(trajectories)
         if self.kl_target is not None and "kl" in metrics:
@@ -125,14 +141,17 @@ class Update(Settings):
         # With a single step the first pass itself gives the former: the weights are still the same.
         several_steps, selects = self.epochs_per_rollout * self.steps_per_epoch > 1, self.high_entropy_share < 1
         if several_steps or selects or (self.kl_coef and self.kl_in == "reward"):
-            logprobs, entropies = self._logprobs_of(self.actor, trajectories, entropy=selects)
-            for i, t in enumerate(trajectories):
-                t.old_logprobs, t.entropies = logprobs[i], entropies[i] if selects else None
+            self._fill(
+                trajectories, ("old_logprobs", "entropies")[: 1 + selects], partial(self._logprobs, self.actor, selects)
+            )
         if self.kl_coef:
             with self._reference_policy() as policy:
-                logprobs, _ = self._logprobs_of(policy, trajectories)
-            for t, reference in zip(trajectories, logprobs, strict=True):
-                t.reference_logprobs = reference
+                self._fill(trajectories, ("reference_logprobs",), partial(self._logprobs, policy, False))
+
+    def _logprobs(self, policy: Any, entropy: bool, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """``[N]`` log-probabilities of a batch under `policy`, and by choice the entropies."""
+        scored = completion_logprobs(policy, batch, self._temperature(batch), entropy=entropy)
+        return (scored.logprobs,) if scored.entropy is None else (scored.logprobs, scored.entropy)
 
     def _kl_of(self, t: Trajectory) -> Tensor:
         """``[T]`` the estimated KL at each token, before the update."""
@@ -254,14 +273,6 @@ class Update(Settings):
                 hidden = completion_logprobs(self.actor, batch, self._temperature(batch), hidden=True).hidden  # type: ignore[arg-type]
         return critic_values(self.critic, batch, hidden)
 
-    @torch.no_grad()
-    def _fill_values(self, trajectories: list[Trajectory]) -> None:
-        batches = self._pack(trajectories)
-        company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
-        values = [self._values(batch) for batch in [*batches, *company]][: len(batches)]
-        for t, row in zip(trajectories, unpack(batches, values, trajectories), strict=True):
-            t.values = row.cpu()
-
     def _explained_variance(self, trajectories: Sequence[Trajectory]) -> float:
         """Share of the returns' variance over the tokens of all ranks that the values before the update explain."""
         rows = [(t.returns, t.returns - t.values, torch.tensor(t.mask)) for t in trajectories if t.returns is not None]  # type: ignore[operator]
@@ -316,6 +327,46 @@ class Update(Settings):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return next((s for s in schedulers if s.optimizer is raw), None)
 
+    # ---------------------------------------------------------------- the attention kernel
+
+    def _settle_attention(self) -> None:
+        """Take ``flex_attention`` if it is named or, by ``auto``, to be preferred, and if it computes the right thing.
+
+        All ranks together, once the strategy has prepared the models.
+        """
+        if not self.share_prompts:
+            return
+        actor, device = find_causal_lm(self.actor), self.strategy.root_device  # type: ignore[arg-type]
+        if (problem := shared_prompt_problem(actor)) is not None:
+            raise ValueError(f"{problem}; or set share_prompts=False")
+        kernel = actor.config._attn_implementation
+        chosen = self.attn_implementation == "auto" and kernel == "sdpa" and prefers_flex(actor, device)
+        if kernel != FLEX and not chosen:
+            return
+        problem = flex_problem(actor, device) or self._flex_mistake(device)
+        if problem is not None and not chosen:
+            raise RuntimeError(f"attn_implementation='flex_attention': {problem}; take 'sdpa'")
+        if problem is not None:
+            log.warning("attn_implementation='auto' takes 'sdpa', not 'flex_attention': %s", problem)
+        for model in (self.actor, self.reference, self.critic):
+            config = getattr(model, "config", None)
+            # Those of the same type have the same layers.
+            if config is not None and config.model_type == actor.config.model_type:
+                config._attn_implementation = FLEX if problem is None else "sdpa"
+
+    def _flex_mistake(self, device: torch.device) -> str | None:
+        """What is wrong with the policy's log-probabilities under ``flex_attention``, on any rank."""
+        error = ""
+        try:
+            difference = flex_difference(self.actor, device)
+        except RuntimeError as err:  # of the compiler
+            difference, error = math.inf, f"it does not run here ({type(err).__name__}: {err})"
+        most = self.strategy.all_reduce(difference, op="max")
+        allowed = max(TOLERANCES.get(dtype, 0.0) for dtype in (self.strategy.compute_dtype, self.actor.dtype))  # type: ignore[union-attr]
+        if most <= allowed:
+            return None
+        return error or f"its log-probabilities are off by {most:.2g} nats, allowed are {allowed:g}"
+
     # ---------------------------------------------------------------- parts of the update
 
     def _warn_if_nothing_to_learn(self, trajectories: Sequence[Trajectory]) -> None:
@@ -343,36 +394,81 @@ class Update(Settings):
         sequences = self.strategy.all_reduce(len(minibatch), op="sum")
         return algorithms.BatchTotals(int(tokens), int(sequences), self.sampling.max_new_tokens)
 
-    def _minibatches(self, trajectories: Sequence[Trajectory]) -> Iterator[list[int]]:
-        """Indices of this rank's trajectories of each optimizer step: whole groups, in a new order every epoch."""
-        groups: dict[int, list[int]] = {}
-        for i, t in enumerate(trajectories):
-            groups.setdefault(t.group, []).append(i)
-        everywhere = sorted(group for rank in self.strategy.gather_objects(list(groups)) for group in rank)
+    def _minibatches(self, trajectories: Sequence[Trajectory]) -> Iterator[tuple[list[Trajectory], dict[str, float]]]:
+        """What this rank learns from in each optimizer step, and the metric ``balance``.
+
+        A step has whole groups, of all ranks, in a new order every epoch; they are dealt out so that all ranks have
+        about the same work, whoever sampled them.
+        """
+        groups = by_group(trajectories)
+        costs, holders = self._costs({g: [t for t in group if self._needs_pass(t)] for g, group in groups.items()})
+        everywhere, ranks = sorted(costs), self.strategy.world_size
         steps = min(self.steps_per_epoch, len(everywhere))
         for epoch in range(self.epochs_per_rollout):
             generator = torch.Generator().manual_seed(derive_seed(self.seed, self.iteration, epoch))
             order = torch.randperm(len(everywhere), generator=generator).tolist()
             for step in range(steps):
-                chosen = [everywhere[k] for k in order[step::steps]]
-                yield [i for group in chosen for i in groups.get(group, ())]
+                chosen = {everywhere[k]: costs[everywhere[k]] for k in order[step::steps]}
+                receivers = deal(chosen, holders, ranks)
+                loads = rank_loads(chosen, receivers, ranks)
+                busy = {"balance": max(loads) * ranks / sum(loads)} if ranks > 1 and any(loads) else {}
+                here = {group: groups[group] for group in chosen if group in groups}
+                yield [t for group in self._sent(here, receivers).values() for t in group], busy
+
+    def _costs(self, groups: Mapping[int, Sequence[Trajectory]]) -> tuple[dict[int, int], dict[int, int]]:
+        """Predicted work and rank of every group of all ranks."""
+        actor: Any = self.actor
+        config = actor.config.get_text_config()
+        # ZeRO-3 leaves a parameter empty where it is not in use.
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in actor.parameters())
+        width = config.num_hidden_layers * config.hidden_size
+        costs = {g: flops(row_lengths(group, self.share_prompts), parameters, width) for g, group in groups.items()}
+        ranks = self.strategy.gather_objects(costs)
+        everywhere = {group: cost for of_rank in ranks for group, cost in of_rank.items()}
+        return everywhere, {group: rank for rank, of_rank in enumerate(ranks) for group in of_rank}
+
+    def _sent(
+        self, groups: Mapping[int, list[Trajectory]], receivers: Mapping[int, int]
+    ) -> Mapping[int, list[Trajectory]]:
+        """The groups that this rank has once each is where it is to be; what stays is not copied."""
+        if self.strategy.world_size == 1:
+            return groups
+        here = self.strategy.global_rank
+        copies = {g: group if receivers[g] == here else [for_sending(t) for t in group] for g, group in groups.items()}
+        return exchanged(copies, receivers, self.strategy)
+
+    def _needs_pass(self, t: Trajectory) -> bool:
+        """Whether an optimizer step computes `t`; it counts in the mean in any case."""
+        return bool(self.critic_settings is not None or (self.kl_coef and self.kl_in == "loss") or any(t.advantages))
 
     @torch.no_grad()
-    def _logprobs_of(
-        self, policy: Any, trajectories: list[Trajectory], entropy: bool = False
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Log-probabilities of every completion under `policy`, one tensor a trajectory, and by choice entropies."""
-        batches = self._pack(trajectories)
+    def _fill(
+        self,
+        trajectories: Sequence[Trajectory],
+        names: Sequence[str],
+        score: Callable[[PackedBatch], tuple[Tensor, ...]],
+    ) -> None:
+        """Fill these attributes in with what `score` gives for the policy tokens. All ranks share the work."""
+        groups, ranks, here = by_group(trajectories), self.strategy.world_size, self.strategy.global_rank
+        costs, holders = self._costs(groups)
+        sent = self._sent(groups, deal(costs, holders, ranks))
+        members = [t for group in sent.values() for t in group]
+        batches = self._pack(members)
         company = [self._idle_batch() for _ in range(self._most(len(batches)) - len(batches))]
-        scored = [
-            completion_logprobs(policy, batch, self._temperature(batch), entropy=entropy)
-            for batch in [*batches, *company]
-        ][: len(batches)]
-        entropies = [s.entropy for s in scored if s.entropy is not None]
-        return (
-            unpack(batches, [s.logprobs for s in scored], trajectories),
-            unpack(batches, entropies, trajectories) if entropy else [],
-        )
+        scored = [score(batch) for batch in [*batches, *company]][: len(batches)]
+        columns = [unpack(batches, [values[k] for values in scored], members) for k in range(len(names))]
+        rows = iter(zip(*columns, strict=True))
+        found = {
+            # Rows are views of all values of the rollout, which pickle would send along.
+            group: [tuple(v.to("cpu", copy=holders[group] != here) for v in next(rows)) for _ in its]
+            for group, its in sent.items()
+        }
+        if ranks > 1:
+            found = exchanged(found, holders, self.strategy)
+        for group, its in groups.items():
+            for t, row in zip(its, found[group], strict=True):
+                for name, values in zip(names, row, strict=True):
+                    setattr(t, name, values)
 
     @contextlib.contextmanager
     def _reference_policy(self) -> Iterator[Any]:

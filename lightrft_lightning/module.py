@@ -35,7 +35,9 @@ from lightrft_lightning.metrics import (
     reward_metrics,
     sample_result,
 )
+from lightrft_lightning.models.layers import checkpoint_activations, compile_layers
 from lightrft_lightning.models.loading import load_model, load_tokenizer
+from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.rewards import Rewards
 
 if TYPE_CHECKING:
@@ -109,7 +111,15 @@ class RLHFModule(Update):
         epochs_per_rollout: passes over the samples of one rollout.
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
         token_budget: most tokens (padding included) of one forward pass.
-        share_prompts: lay out a group with its prompt once; False pads one row a completion.
+        share_prompts: lay out a group with its prompt once; False pads one row a completion, which models without a
+            mask for that need (recurrent layers, ``flash_attention_2``).
+        attn_implementation: of the policy, as in `load_model`. ``auto``: ``flex_attention`` on CUDA, if it gives the
+            log-probabilities of a dense mask there, which is looked at once; otherwise ``sdpa``, or what a model object
+            has. If ``flex_attention`` is named and does not give them, that is an error.
+        gradient_checkpointing: keep only the inputs of the decoder layers of policy and critic for the backward pass,
+            which computes them a second time: less memory, a third more work.
+        compile: `torch.compile` these layers for training and scoring passes; generation stays as it is. The first pass
+            takes longer. Not with ZeRO-3.
         pass_threshold: reward from which on a completion passes, for ``val/pass@k``; one whose reward failed does not.
         seed: fixes all sampling; default: Lightning's global seed.
         reward_deadline: seconds that one call of a reward function may take.
@@ -164,6 +174,9 @@ class RLHFModule(Update):
         steps_per_epoch: int = 1,
         token_budget: int = 8192,
         share_prompts: bool = True,
+        attn_implementation: str = "auto",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
         pass_threshold: float = 1.0,
         seed: int | None = None,
         reward_deadline: float = 30.0,
@@ -220,6 +233,9 @@ class RLHFModule(Update):
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
         self.token_budget, self.share_prompts = token_budget, share_prompts
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile  # `compile` is a method of every module
         self.pass_threshold = pass_threshold
         self.max_turns, self.max_length = max_turns, max_length
         self.seed = global_seed() if seed is None else seed
@@ -480,6 +496,8 @@ class RLHFModule(Update):
         if stage == "fit" and self.algorithm is not None:
             settings = ", ".join(f"{name}={value!r}" for name, value in self._chosen.items())
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
+        if self.compile_layers and (problem := self.strategy.compile_problem()) is not None:
+            raise ValueError(f"RLHFModule(compile=True): {problem}")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
             raise ValueError(
@@ -511,15 +529,23 @@ class RLHFModule(Update):
 
     @override
     def configure_model(self) -> None:
+        kernel = "" if self.attn_implementation == "auto" else self.attn_implementation
         if self.actor is None:
             # Without a trainer this is `load_from_checkpoint`.
             alone = self._trainer is None
             with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
-                self.actor = load_model(self._source).train()
+                self.actor = load_model(self._source, attn_implementation=kernel or "sdpa").train()
+        elif kernel:
+            find_causal_lm(self.actor).set_attn_implementation(kernel)
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        for model in (self.actor, None if self._shares_trunk else self.critic):
+            if self.gradient_checkpointing and model is not None:
+                checkpoint_activations(model)
+            if self.compile_layers and model is not None:
+                compile_layers(model)
         if self._trainer is not None and not self.reward_models:
             self.reward_models.extend(model.load() for model in self.rewards.models)
 
@@ -548,6 +574,7 @@ class RLHFModule(Update):
                     f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
                     + (", or raise token_budget" if name == "token_budget" else "")
                 )
+        self._settle_attention()
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -102,3 +102,13 @@ def tiny_tokenizer():
 def tiny_model():
     """A random two-layer Llama for `tiny_tokenizer`; a fresh one for each test, so that it may be trained."""
     return tiny_llama(seed=0, width=32, layers=2)
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """`flex_attention` with gradients on the CPU, uncompiled: torch has the arithmetic but refuses to run it there."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from training import PROMPTS, Record, StopAt, assert_same, even_digits, make_data, make_module, make_trainer, weights_of
+from transformers import BloomConfig, BloomForCausalLM
 
 from lightrft_lightning import (
     CheckpointError,
@@ -24,9 +25,11 @@ from lightrft_lightning import (
     SamplingParams,
     StrategyConfig,
     TransformersRollout,
+    _update,
     algorithms,
 )
 from lightrft_lightning.algorithms import PRESETS
+from lightrft_lightning.experience import packing
 from lightrft_lightning.metrics import pass_at_k
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -697,3 +700,55 @@ def test_from_config_takes_rewards_from_a_server():
     assert RLHFModule.from_config(config, "anything", tokenizer=object()).rewards.names == ["remote"]
     with pytest.raises(ValueError, match=r"remote_rm_url='http.* and rewards=.*give one of them"):
         RLHFModule.from_config(config, "anything", "exact_match", tokenizer=object())
+
+
+def test_recomputed_and_compiled_layers_train_as_the_others(tmp_path):
+    def trained(**settings):
+        module = make_module(algorithm="ppo", kl_coef=0.1, **settings)
+        make_trainer(tmp_path, limit_train_batches=2).fit(module, make_data())
+        return module
+
+    plain, recomputed = trained(), trained(gradient_checkpointing=True)
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        compiled = trained(compile=True)
+    assert all(layer.gradient_checkpointing for m in (recomputed.actor, recomputed.critic) for layer in m.model.layers)
+    assert all(layer._compiled_call_impl for m in (compiled.actor, compiled.critic) for layer in m.model.layers)
+    for module in (recomputed, compiled):
+        got, expected = module.state_dict(), plain.state_dict()
+        assert got.keys() == expected.keys()
+        for name in got:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=0)
+
+
+def test_flex_attention_trains_as_a_dense_mask(tmp_path, flex_on_cpu):
+    def trained(**settings):
+        module = make_module(algorithm="ppo", kl_coef=0.1, **settings)
+        make_trainer(tmp_path, limit_train_batches=2, limit_val_batches=0).fit(module, make_data())
+        return module
+
+    plain, flex = trained(), trained(attn_implementation="flex_attention", gradient_checkpointing=True)
+    for model in (flex.actor, flex.reference, flex.critic):
+        assert model.config._attn_implementation == "flex_attention"
+    for name, expected in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(flex)[name], expected, atol=1e-5, rtol=0)
+
+
+def test_flex_attention_that_is_wrong_is_left_or_refused(tmp_path, flex_on_cpu, monkeypatch, caplog):
+    right = packing._block_mask
+    monkeypatch.setattr(packing, "_block_mask", lambda piece, branch: right(piece, branch.clamp(max=0)))
+    monkeypatch.setattr(_update, "prefers_flex", lambda model, device: True)
+    module = make_module()
+    make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
+    assert module.actor.config._attn_implementation == "sdpa"
+    assert "takes 'sdpa', not 'flex_attention': its log-probabilities are off by" in caplog.text
+    with pytest.raises(RuntimeError, match=r"'flex_attention': .* off by .* nats, allowed are 0.001; take 'sdpa'"):
+        make_trainer(tmp_path).fit(make_module(attn_implementation="flex_attention"), make_data())
+
+
+def test_what_cannot_share_prompts_is_refused_before_the_first_rollout(tmp_path):
+    with pytest.raises(RuntimeError, match="'flex_attention': FlexAttention does not support backward on CPU"):
+        make_trainer(tmp_path).fit(make_module(attn_implementation="flex_attention"), make_data())
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match=r"takes no position ids.*share_prompts=False"):
+        make_trainer(tmp_path).fit(make_module(model=bloom), make_data())
+    make_trainer(tmp_path, limit_train_batches=1).fit(make_module(model=bloom, share_prompts=False), make_data())

@@ -25,6 +25,8 @@ from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+from lightrft_lightning.models.attention import without_flex_attention
+from lightrft_lightning.models.layers import evaluating, uncompiled
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +102,7 @@ class TransformersRollout(RolloutCallback):
 
         # no_grad rather than inference_mode: nothing made here may be refused by autograd when training continues.
         whole = nullcontext() if self.strategy is None else self.strategy.gathered_parameters(self._model)
-        with torch.no_grad(), whole, _evaluating(self._model), _grouped_attention():
+        with torch.no_grad(), whole, _generating(self._model):
             decoder = _Decoder(self._model, self.tokenizer, sampling)
             for start in range(0, len(rows), step):
                 decoder.run(prompts, rows[start : start + step], limit)
@@ -327,15 +329,10 @@ def _forward_arguments(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and gradient checkpointing off (the latter forbids a cache); every submodule's mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+def _generating(model: PreTrainedModel) -> Iterator[None]:
+    """What `model` is like while it generates."""
+    with evaluating(model), uncompiled(model), without_flex_attention(model), _grouped_attention():
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -8,7 +8,7 @@ All completions of a group share their prompt, so one row holds it once (group 7
 
 Every completion sees the prompt and itself, causally, so the log-probabilities and the gradient are those of the padded
 batch, for ``P + sum(R_i)`` tokens in place of ``G * (P + max(R_i))``. Attention pays for a row's length squared under
-a dense mask, so rows are no longer than the longest group needs.
+a dense mask, so rows are no longer than the longest group needs; ``flex_attention`` leaves out what no token sees.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightrft_lightning.experience.trajectory import Trajectory
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 PROMPT = -1
 """`PackedBatch.branch` of a prompt's tokens."""
-_PADDING = -1
+_PADDING, _BEYOND = -1, -2
+"""`PackedBatch.piece` of padding, and of what fills the last block of a block mask."""
+_BLOCK = 128
+"""Tokens of a block on either side, as in all of torch's own block masks."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class PackedBatch:
         """Tokens in the rows without padding; ``input_ids.numel()`` counts the padding too."""
         return int((self.piece != _PADDING).sum())
 
-    def attention_mask(self, dtype: torch.dtype, implementation: str) -> Tensor:
+    def attention_mask(self, dtype: torch.dtype, implementation: str) -> Tensor | BlockMask:
         """What a Hugging Face model takes as ``attention_mask``, built on the batch's device at every call.
 
         Args:
@@ -82,16 +89,21 @@ class PackedBatch:
 
         Returns:
             One completion a row: the usual ``[B, L]`` mask. Shared prompts: ``[B, 1, L, L]``, bool for ``sdpa`` and
-            additive for ``eager``. Padding attends to padding, so that no row of the softmax is empty (NaN).
+            additive for ``eager``, or a `BlockMask` for ``flex_attention``, which has an entry for 128 × 128 of these.
+            Padding attends to padding, so that no row of the softmax is empty (NaN).
 
         Raises:
-            ValueError: prompts are shared and `implementation` takes no dense mask.
+            ValueError: prompts are shared and `implementation` takes none of these masks. The kernels for rows of
+                several texts (``flash_attention_2`` and the like) know where each begins and ends, so they cannot say
+                in one call that several completions see one prompt.
         """
         if not self.shared:
             return (self.piece != _PADDING).long()
+        if implementation == "flex_attention":
+            return _block_mask(self.piece, self.branch)
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
-                f"attn_implementation={implementation!r} takes no dense mask. Load the model with "
+                f"attn_implementation={implementation!r} takes no mask for shared prompts. Load the model with "
                 "attn_implementation='sdpa', or pack with share_prompts=False"
             )
         same_piece = self.piece[:, :, None] == self.piece[:, None, :]
@@ -283,6 +295,49 @@ def _build(trajectories: Sequence[Trajectory], rows: list[list[list[int]]], shar
         position=position,
         shared=shared,
     )
+
+
+def _block_mask(piece: Tensor, branch: Tensor) -> BlockMask:
+    """The mask of rows ``[B, L]`` by blocks; what is computed on the way has no L × L entries.
+
+    Torch's own `create_block_mask` makes the dense mask first, unless it is compiled.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, length = piece.shape
+    blocks = -(-length // _BLOCK)
+    beyond = blocks * _BLOCK - length
+    piece_BL = torch.nn.functional.pad(piece, (0, beyond), value=_BEYOND)
+    branch_BL = torch.nn.functional.pad(branch, (0, beyond), value=PROMPT)
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same_branch = (branch_BL[b, k] == PROMPT) | (branch_BL[b, q] == branch_BL[b, k])
+        return (k <= q) & (piece_BL[b, q] == piece_BL[b, k]) & same_branch
+
+    # All tokens of a segment (a prompt, a completion, padding) see the same segments, so look at pairs of these.
+    kinds = int(branch.max()) - PROMPT + 1
+    segment_BL = (piece_BL - _BEYOND) * kinds + branch_BL - PROMPT
+    segments = torch.arange(int(segment_BL.max()) + 1, device=piece.device)
+    piece_S, branch_S = segments // kinds, segments % kinds + PROMPT
+    sees_SS = (piece_S[:, None] == piece_S) & ((branch_S == PROMPT) | (branch_S[:, None] == branch_S))
+    present_BKS = torch.zeros(rows, blocks, len(segments), device=piece.device)
+    present_BKS.scatter_(2, segment_BL.view(rows, blocks, _BLOCK), 1.0)
+    some_BKK, not_all_BKK = (present_BKS @ pairs.float() @ present_BKS.mT > 0 for pairs in (sees_SS, ~sees_SS))
+    every_KK = torch.ones(blocks, blocks, dtype=torch.bool, device=piece.device)
+    earlier_KK, same_KK = every_KK.tril(-1), every_KK.tril() & every_KK.triu()
+    return BlockMask.from_kv_blocks(
+        *_counted(some_BKK & not_all_BKK & earlier_KK | same_KK),
+        *_counted(~not_all_BKK & earlier_KK),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+
+
+def _counted(chosen_BKK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, these first: the form that `BlockMask` takes."""
+    order = torch.argsort(chosen_BKK.int(), dim=-1, descending=True, stable=True)
+    return chosen_BKK.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
+from lightrft_lightning.models.attention import FLEX, prefers_flex
 from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
@@ -53,7 +54,9 @@ def load_model(
             ``{"name": ..., <options>}``; or a hub id ``organisation/name``. Code that a folder or a hub repository
             brings along is never run.
         dtype: of the weights.
-        attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa`` and ``eager``.
+        attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa``, ``eager`` and
+            ``flex_attention`` (see `models.attention`). ``auto``: the last where there are CUDA devices and the model's
+            class has it, otherwise ``sdpa``.
 
     Inside a strategy's `init_model_context(meta_init=True)` the weights of a folder are left out; `prepare` streams
     them in once the model is sharded.
@@ -63,6 +66,11 @@ def load_model(
         ValueError: a folder without a model, weights that do not fill the model, or an unknown option.
         ImportError: the extra that reads this kind of model is missing.
     """
+    if attn_implementation == "auto":
+        model = load_model(source, dtype=dtype)
+        if prefers_flex(model, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+            model.set_attn_implementation(FLEX)
+        return model
     found = made_or_found(source)
     if not isinstance(found, str):
         with parameters_on_meta(False):

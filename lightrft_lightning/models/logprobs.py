@@ -131,8 +131,8 @@ def shared_prompt_problem(model: nn.Module) -> str | None:
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     name = type(inner).__name__
-    if inner.config._attn_implementation not in ("sdpa", "eager"):
-        return f"attn_implementation={inner.config._attn_implementation!r} takes no dense mask; use 'sdpa'"
+    if inner.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return f"attn_implementation={inner.config._attn_implementation!r} takes no mask for that; use 'sdpa'"
     if getattr(inner, "_is_stateful", False) or not kinds <= {
         "full_attention",
         "sliding_attention",
@@ -154,7 +154,7 @@ def check_layout(model: PreTrainedModel, batch: PackedBatch) -> None:
     config = model.config.get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
-        # A dense mask replaces the model's own, so a window would be ignored without a word.
+        # The mask replaces the model's own, so a window would be ignored without a word.
         if window is not None and int(batch.position_ids.max()) >= window:
             raise ValueError(f"the model attends to {name}={window} tokens, which is shorter than a completion" + fix)
 

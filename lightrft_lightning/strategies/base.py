@@ -294,6 +294,10 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         mixed = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
         return mixed.get(str(self.precision_plugin.precision), torch.float32)
 
+    def compile_problem(self) -> str | None:
+        """Why the layers of a model cannot be compiled with `torch.compile` here; None if they can."""
+        return None
+
     def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Where to build a large model.
 
@@ -522,6 +526,14 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, in their order; any object that can be pickled."""
         return [value]
+
+    def exchange_objects(self, parcels: Sequence[Any]) -> list[Any]:
+        """Send ``parcels[r]`` to rank r; returns what each rank has sent here, in their order.
+
+        Args:
+            parcels: one for each rank, any objects that can be pickled.
+        """
+        return list(parcels)
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         """Combine tensors or numbers over all ranks, in nested dicts and lists too; the identity in one process.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,19 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    @override
+    def exchange_objects(self, parcels: Sequence[Any]) -> list[Any]:
+        if not dist.is_initialized():
+            return list(parcels)
+        pickled = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8) for parcel in parcels]
+        sizes = torch.tensor([len(p) for p in pickled], device=self.root_device)
+        incoming = torch.empty_like(sizes)
+        dist.all_to_all_single(incoming, sizes)
+        received = torch.empty(int(incoming.sum()), dtype=torch.uint8, device=self.root_device)
+        sent = torch.cat(pickled).to(self.root_device)
+        dist.all_to_all_single(received, sent, incoming.tolist(), sizes.tolist())
+        return [pickle.loads(part.numpy().tobytes()) for part in received.cpu().split(incoming.tolist())]
 
     @override
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:  # type: ignore[override]

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensors import LargestTensor
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -198,7 +200,7 @@ def test_two_prompts_in_a_group_are_refused() -> None:
 
 
 def test_an_attention_without_dense_masks_is_refused_with_the_fix() -> None:
-    with pytest.raises(ValueError, match=r"'flash_attention_2' takes no dense mask.*share_prompts=False"):
+    with pytest.raises(ValueError, match=r"'flash_attention_2' takes no mask for shared prompts.*share_prompts=False"):
         pack(ragged(), 100)[0].attention_mask(torch.bfloat16, "flash_attention_2")
 
 
@@ -305,3 +307,43 @@ def test_rows_with_much_padding_give_no_nan(attention: str) -> None:
     _, grad, batches = packed(build("llama", attention), trajectories, 1000)
     assert any((b.piece < 0).any() for b in batches)
     assert torch.isfinite(grad).all() and grad.norm() > 0
+
+
+# ------------------------------------------------------------------ block masks
+
+
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(1, 150), st.lists(st.integers(1, 130), min_size=1, max_size=6)), min_size=1, max_size=4
+    )
+)
+@settings(max_examples=20)
+def test_the_block_mask_is_that_of_torch_without_its_dense_matrix(groups: list[tuple[int, list[int]]]) -> None:
+    trajectories = [t for g, (p, lengths) in enumerate(groups) for t in random_group(g, p, lengths)]
+    for batch in pack(trajectories, 2000):
+        (rows, length), got = batch.input_ids.shape, batch.attention_mask(torch.float32, "flex_attention")
+        dense = create_mask(got.mask_mod, rows, 1, length, length, device="cpu")
+        assert torch.equal(dense, batch.attention_mask(torch.float32, "sdpa"))
+        expected = create_block_mask(got.mask_mod, rows, None, length, length, device="cpu")
+        assert got.shape == expected.shape
+        assert torch.equal(got.to_dense(), expected.to_dense())
+        for counts in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(got, counts), getattr(expected, counts)), counts
+
+
+def test_a_block_mask_takes_no_room_for_pairs_of_tokens() -> None:
+    (batch,) = pack(random_group(0, 200, [300] * 8), 4000)
+    length = batch.input_ids.shape[1]
+    with LargestTensor() as largest:
+        batch.attention_mask(torch.float32, "flex_attention")
+    assert largest.numel < length**2 / 100
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_with_flex_attention_rows_equal_the_padded_batch(architecture: str, flex_on_cpu: None) -> None:
+    trajectories = ragged() + random_group(4, 120, [90, 30])  # over several blocks
+    loss, grad = padded_reference(build(architecture, "sdpa"), trajectories)
+    for budget in (1000, 250):
+        got, got_grad, _ = packed(build(architecture, "flex_attention"), trajectories, budget)
+        assert got == pytest.approx(loss, abs=1e-6)
+        assert (got_grad - grad).norm() / grad.norm() < 1e-5

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tensors import LargestTensor
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -195,18 +194,6 @@ def test_a_bfloat16_model_gets_a_float32_log_softmax() -> None:
     assert logprobs.dtype == torch.float32
     assert (logprobs - exact).abs().max() < 1e-5
     assert (rounded - exact).abs().max() > 1e-3
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any result of any operation has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return result
 
 
 def test_the_full_logits_never_exist() -> None:

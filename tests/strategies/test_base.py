@@ -478,7 +478,7 @@ def test_collectives_are_the_identity_on_nested_containers(op):
     for result in (strategy.all_reduce(nested, op=op), strategy.all_gather(nested)):
         assert result["loss"] == 2 and result["parts"]["kl"] == 0.5
         assert result["parts"]["lengths"][0].tolist() == [0, 1, 2] and result["parts"]["lengths"][1] == 4
-    assert strategy.all_reduce(3, op) == 3
+    assert strategy.all_reduce(3, op) == 3 and strategy.exchange_objects([3]) == [3]
     assert strategy.broadcast({"a": 1}) == {"a": 1}
     strategy.barrier()
 

@@ -13,7 +13,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "helpers"))
 
 import checks
+import pytest
 import torch
+from torch.nn.attention import flex_attention
 from training import make_data, make_module, make_trainer
 
 from lightrft_lightning.algorithms import AGGREGATIONS, PRESETS
@@ -36,7 +38,7 @@ def one_process():
 
 
 def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **settings):
-    """Tokens of all ranks by prompt, and the weights of policy and critic, before and after the iterations."""
+    """Tokens of all ranks by prompt, weights of policy and critic, before and after the iterations, and metrics."""
     module = make_module(**{"sampling": {"n": 3, "max_new_tokens": 6}, "steps_per_epoch": 2, **settings})
     module.configure_model()
     before = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
@@ -48,16 +50,17 @@ def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **se
     tokens = {group: ids for rank in trainer.strategy.gather_objects(tokens) for group, ids in rank.items()}
     trained = [m for m in (module.actor, module.critic) if m is not None]
     after = [value.flatten().clone() for m in trained for _, value in trainer.strategy.named_full_tensors(m)]
-    return tokens, before, torch.cat(after)
+    return tokens, before, torch.cat(after), trainer.logged_metrics
 
 
 def assert_independent_of_ranks(**settings):
     with one_process():
-        expected, before, alone = train("lightrft_fake", 1, **settings)
-    tokens, _, together = train(STRATEGY, RANKS, token_budget=24, **settings)
+        expected, before, alone, _ = train("lightrft_fake", 1, **settings)
+    tokens, _, together, metrics = train(STRATEGY, RANKS, **{"token_budget": 24, **settings})
     assert tokens == expected, settings
     moved = (alone - before).norm()
     assert (together - alone).norm() < 2e-3 * moved, (settings, (together - alone).norm() / moved)
+    return tokens, metrics
 
 
 class GoesOnWithOddNumbers(Environment):
@@ -80,6 +83,37 @@ def check_ranks_with_unequal_numbers_of_turns():
     train(STRATEGY, RANKS, token_budget=24, **settings)
     assert GoesOnWithOddNumbers.turns == (4 if os.environ["RANK"] == "1" else 1)
     assert_independent_of_ranks(**settings)
+
+
+def check_a_rank_with_short_completions_takes_work_over():
+    settings = {"environment": GoesOnWithOddNumbers, "max_turns": 4, "max_length": 24, "rewards": None}
+    settings["sampling"] = {"n": 3, "max_new_tokens": 10, "stop": ["1", "2", "3", "4", "5"]}
+    tokens, metrics = assert_independent_of_ranks(**settings, batch_size=8, steps_per_epoch=1, token_budget=64)
+    of_rank = [sum(len(ids) for group, ids in tokens.items() if group % RANKS == rank) for rank in range(RANKS)]
+    assert of_rank[1] > 2 * of_rank[0]
+    assert metrics["train/balance"] < 1.1, metrics["train/balance"]
+
+
+def check_recomputed_and_compiled_layers():
+    settings = {"algorithm": "ppo", "critic": OWN, "gradient_checkpointing": True}
+    # What is compiled here are the layers with the hooks of the back end; how, does not matter.
+    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+        if STRATEGY.endswith("stage_3"):
+            with pytest.raises(ValueError, match=r"compile=True\): ZeRO-3 gathers"):
+                train(STRATEGY, RANKS, compile=True)
+            assert_independent_of_ranks(**settings)
+        else:
+            assert_independent_of_ranks(**settings, compile=True)
+
+
+def check_flex_attention():
+    # Torch refuses its gradients on the CPU, although it has the uncompiled arithmetic.
+    validate, flex_attention._validate_device = flex_attention._validate_device, lambda *tensors: None
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            assert_independent_of_ranks(attn_implementation="flex_attention", gradient_checkpointing=True)
+    finally:
+        flex_attention._validate_device = validate
 
 
 def check_ppo_with_a_critic_of_its_own():

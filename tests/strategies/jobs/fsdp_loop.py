@@ -231,6 +231,8 @@ def check_collectives_walk_through_containers():
     assert data["a"][0].tolist() == [1.0 + rank, 2.0]  # the caller's tensors are his
     assert s.all_gather({"x": torch.tensor([rank])})["x"].tolist() == [0, 1]
     assert s.gather_objects((rank, "r")) == [(0, "r"), (1, "r")]
+    assert s.exchange_objects([(rank, to) for to in range(2)]) == [(0, rank), (1, rank)]
+    assert s.exchange_objects([rank * "long", None]) == (["", "long"] if rank == 0 else [None, None])
     with pytest.raises(ValueError, match=r"reduction"):
         s.all_reduce(1, op="product")
 
