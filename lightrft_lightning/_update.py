@@ -30,7 +30,14 @@ from lightrft_lightning.experience.balance import (
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.metrics import combine_passes, mean_over_steps
-from lightrft_lightning.models.attention import FLEX, TOLERANCES, flex_difference, flex_problem, prefers_flex
+from lightrft_lightning.models.attention import (
+    FLEX,
+    TOLERANCES,
+    flex_difference,
+    flex_problem,
+    prefers_flex,
+    use_kernel,
+)
 from lightrft_lightning.models.logprobs import (
     completion_logprobs,
     find_causal_lm,
@@ -348,11 +355,13 @@ class Update(Settings):
             raise RuntimeError(f"attn_implementation='flex_attention': {problem}; take 'sdpa'")
         if problem is not None:
             log.warning("attn_implementation='auto' takes 'sdpa', not 'flex_attention': %s", problem)
-        for model in (self.actor, self.reference, self.critic):
+            use_kernel(actor, "sdpa")
+            return
+        for model in (actor, self.reference, self.critic):
             config = getattr(model, "config", None)
-            # Those of the same type have the same layers.
+            # Those of the same type have the same layers, so what holds for the policy's holds for theirs.
             if config is not None and config.model_type == actor.config.model_type:
-                config._attn_implementation = FLEX if problem is None else "sdpa"
+                config._attn_implementation = FLEX
 
     def _flex_mistake(self, device: torch.device) -> str | None:
         """What is wrong with the policy's log-probabilities under ``flex_attention``, on any rank."""

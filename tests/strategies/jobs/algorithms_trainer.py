@@ -46,6 +46,8 @@ def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **se
         FOLDER, engine=engine(), strategy=strategy, devices=ranks, limit_train_batches=iterations, limit_val_batches=0
     )
     trainer.fit(module, make_data(batch_size=batch_size // ranks, shuffle=False))
+    # Whoever trained on them: these are the rank's own, with their texts.
+    assert all(t.group % ranks == trainer.global_rank and t.prompt.text for t in module.last_trajectories)
     tokens = {t.group: t.completion.token_ids for t in module.last_trajectories}
     tokens = {group: ids for rank in trainer.strategy.gather_objects(tokens) for group, ids in rank.items()}
     trained = [m for m in (module.actor, module.critic) if m is not None]
