@@ -327,6 +327,7 @@ def training(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "gradient difference": difference,
             }
         )
+        print(rows[-1], flush=True)  # the next takes many minutes
     return rows
 
 
