@@ -94,8 +94,11 @@ class Turn:
             self.hooked = True
         gc.collect()
         self.connection.send({"ready": True})
-        if not self.connection.poll(DEADLINE) or self.connection.recv() != "go":
-            raise SystemExit(0)
+        try:
+            if not self.connection.poll(DEADLINE) or self.connection.recv() != "go":
+                raise SystemExit(0)
+        except EOFError:  # the driver is gone
+            raise SystemExit(1) from None
         self.start = time.perf_counter()
 
     def end(self, **measured: Any) -> None:

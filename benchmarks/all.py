@@ -19,7 +19,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
-TINY, DEMO = str(EXAMPLES / "tiny_from_scratch.yaml"), str(EXAMPLES / "smollm2_arithmetic.yaml")
+TINY, DEMO, AHEAD = (
+    str(EXAMPLES / "tiny_from_scratch.yaml"),
+    str(EXAMPLES / "smollm2_arithmetic.yaml"),
+    str(EXAMPLES / "tiny_one_step_off.yaml"),
+)
 SHORT = [
     "--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1", "--trainer.limit_val_batches", "0",
     "--trainer.val_check_interval", "1",
@@ -52,6 +56,10 @@ BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "strategies": (["strategies.py"], ["--rounds", "2", "--only", "lightrft_fake", "lightrft_fsdp"]),
     "parity": (["parity.py"], ["--steps", "2", "--iterations", "1", "--only", "lightrft_fsdp"]),
     "learning_tiny_from_scratch": (["learning.py", TINY], ["--seeds", "1", *SHORT]),
+    "learning_tiny_one_step_off": (
+        ["learning.py", AHEAD, "--trainer.max_time", "00:00:20:00"],
+        ["--seeds", "1", *SHORT, "--trainer.limit_train_batches", "2"],
+    ),
     "learning_smollm2_arithmetic": (["learning.py", DEMO], ["--seeds", "1", *SHORT]),
     "learning_tiny_from_scratch_algorithms": (
         ["learning.py", TINY, "--algorithms", "all", "--jobs", "2"],
