@@ -88,6 +88,10 @@ class Ahead:
         seconds = (self._generated - self._start, now - max(start, self._generated), now - start)
         return Sampled(trajectories, report, dict(zip(_SECONDS, seconds, strict=True)))
 
+    def give_up(self) -> None:
+        """Score nothing more; the engine ends the rest when it is closed."""
+        self._scoring.stop()
+
 
 def sampled_state(sampled: Sampled, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
     """What all ranks have sampled, for a checkpoint. All of them together."""

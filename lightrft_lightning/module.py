@@ -312,6 +312,12 @@ class RLHFModule(Update):
             ahead, self._ahead = self._ahead, None
             self._sampled_ahead = ahead.finish()
 
+    def give_up_sampling(self) -> None:
+        """Do not wait for what is being sampled for the next iteration, as there is none."""
+        if self._ahead is not None:
+            self._ahead.give_up()
+            self._ahead = None
+
     def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> Sampled:
         """Completions with their rewards, which are computed while others are still being generated."""
         start = time.perf_counter()

@@ -131,6 +131,19 @@ def test_an_error_of_the_engine_stops_the_run(tmp_path):
     assert engine.closed
 
 
+def test_an_error_of_the_update_leaves_no_thread_behind(tmp_path, monkeypatch):
+    module = make_module(staleness=1)
+    monkeypatch.setattr(module, "update", lambda trajectories: 1 / 0)
+    engine = Beside()
+    with pytest.raises(ZeroDivisionError):
+        make_trainer(tmp_path, engine=engine, limit_val_batches=0).fit(module, datamodule=make_data())
+    assert engine.closed
+    end = time.monotonic() + 10
+    while any(t.name.startswith("lightrft-") for t in threading.enumerate()):
+        assert time.monotonic() < end, "a thread still waits"
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -149,5 +149,7 @@ class RolloutCallback(Callback, RolloutEngine):
         self.close()
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         self.close()
+        if hasattr(pl_module, "give_up_sampling"):  # on_fit_start may just have said that it is no RLHFModule
+            pl_module.give_up_sampling()
