@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints import folder, foreign, store
@@ -362,7 +361,7 @@ class _Streamed(FlatTensor):
     def info(self) -> TensorInfo:  # type: ignore[override]
         return self.output.info
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
         return self.output.make().reshape(-1)
 
 

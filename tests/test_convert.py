@@ -252,10 +252,10 @@ def test_command_line(tmp_path, capsys):
 MEMORY = """
 import sys, threading, time, torch, transformers, safetensors.torch
 from lightrft_lightning.convert import convert
-from lightrft_lightning.checkpoints import store
+from lightrft_lightning.checkpoints import _dcp
 torch.set_num_threads(1)
 transformers.AutoModelForCausalLM, transformers.AutoConfig
-store.FILE_BYTES = int(sys.argv[5])
+_dcp.FILE_BYTES = int(sys.argv[5])
 
 def used():  # what is this process's own, without mapped files
     lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)

@@ -30,6 +30,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is incomplete, damaged or of another model, or that could not be written."""
 
 
+def reason(err: BaseException) -> str:
+    """One line."""
+    return " ".join([type(err).__name__, *str(err).splitlines()[:1]])
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a checkpoint goes, and what happens to its neighbours.

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints import folder, store
@@ -101,24 +99,16 @@ class DcpFolder(Source):
     """Torch's distributed checkpoint of a model's state dict, as upstream LightRFT's FSDP strategy writes it."""
 
     def __init__(self, path: Path) -> None:
+        from lightrft_lightning.checkpoints import _dcp
+
         self.path = path
-        self._metadata = store.readable(path, lambda: store.read_metadata(path))
-        self.infos = {
-            name: TensorInfo(tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        self._metadata = store.readable(path, lambda: _dcp.read_metadata(path))
+        self.infos = _dcp.tensor_infos(self._metadata)
 
     def read(self, name: str) -> Tensor:
-        info = self.infos[name]
-        whole = torch.empty(info.shape, dtype=info.dtype)
-        reader = dcp.FileSystemReader(self.path)
-        reader.set_up_storage_reader(self._metadata, True)
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner({name: whole}, self._metadata, True)
-        plan = planner.create_local_plan()
-        store.readable(self.path, lambda: reader.read_data(plan, planner).wait())
-        return whole
+        from lightrft_lightning.checkpoints import _dcp
+
+        return store.readable(self.path, lambda: _dcp.read_whole(name, self.infos[name], self.path, self._metadata))
 
 
 class DeepSpeedFolder(Source):

@@ -6,12 +6,10 @@ writes at one world size every other reads at any. Whatever fails on one rank is
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pickle
 import secrets
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,24 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
 
 from lightrft_lightning.checkpoints import folder
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 
 T = TypeVar("T")
-
-MOST_ELEMENTS = 1 << 24
-"""Elements of one stored piece: whoever needs a part of it reads it whole."""
-
-FILE_BYTES = 1 << 28
-"""Most bytes of tensors in one file, unless a single piece is larger."""
 
 _SAME_KIND: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError, ValueError)
 
@@ -72,7 +60,7 @@ class Ranks:
         problem: BaseException | None = None
         try:
             result = action()
-        except (Exception, dcp.CheckpointException) as err:
+        except Exception as err:
             if self.group is None:
                 raise
             problem = err
@@ -104,13 +92,13 @@ def join(rank: int, world_size: int, timeout: timedelta) -> Ranks:
 def _did_not_come(rank: int, err: BaseException) -> str:
     return (
         f"rank {rank} waited in vain for the other ranks of a checkpoint: all of them have to call it together. "
-        f"{reason(err)}"
+        f"{folder.reason(err)}"
     )
 
 
 def _portable(err: BaseException) -> tuple[str, str]:
     kind = next((k for k in _SAME_KIND if isinstance(err, k)), None)
-    return (kind.__name__, str(err)) if kind else ("CheckpointError", reason(err))
+    return (kind.__name__, str(err)) if kind else ("CheckpointError", folder.reason(err))
 
 
 def _joint_error(failed: dict[int, tuple[str, str]], world_size: int) -> Exception:
@@ -118,13 +106,6 @@ def _joint_error(failed: dict[int, tuple[str, str]], world_size: int) -> Excepti
     if len(failed) < world_size or len(set(failed.values())) > 1:
         text = "; ".join(f"rank {rank}: {message}" for rank, (_, message) in failed.items())
     return next(k for k in _SAME_KIND if k.__name__ == kind)(text)
-
-
-def reason(err: BaseException) -> str:
-    """One line; DCP wraps what went wrong in an exception that is no `Exception` and says little."""
-    if isinstance(err, dcp.CheckpointException) and err.failures:
-        return "; ".join(f"rank {rank}: {reason(failure[0])}" for rank, failure in err.failures.items())
-    return " ".join([type(err).__name__, *str(err).splitlines()[:1]])
 
 
 # -------------------------------------------------------------------- writing
@@ -186,25 +167,27 @@ def _serialise(value: dict[str, Any], safe_only: bool) -> bytes:
 
 def _write(content: Content, payloads: dict[str, bytes], place: Place, ranks: Ranks) -> Path:
     """Into a temporary folder, flushed, renamed: a reader never sees half of it."""
+    from lightrft_lightning.checkpoints import _dcp
+
     temporary = place.temporary(ranks.gather(secrets.token_hex(4))[0])
     try:
         ranks.together(lambda: temporary.mkdir(parents=True) if ranks.rank == 0 else None)
         ranks.together(lambda: _check_visible(temporary))
-        _write_tensors(content.tensors, temporary, ranks)
+        _dcp.save(content.tensors, temporary, ranks.group)
         described = ranks.gather(ranks.together(lambda: _write_own(payloads, temporary, ranks.rank)))
         files = {name: entry for part in described for name, entry in part.items()}
         ranks.together(lambda: _finish(content, files, temporary, place) if ranks.rank == 0 else None)
     except BaseException as err:
         if ranks.rank == 0:
             folder.remove(temporary)
-        if isinstance(err, OSError | CheckpointError | RuntimeError | dcp.CheckpointException):
+        if isinstance(err, OSError | CheckpointError | RuntimeError):
             raise CheckpointError(f"{place.path} could not be written: {_said(err)}") from err
         raise
     return place.path
 
 
 def _said(err: BaseException) -> str:
-    return str(err) if isinstance(err, CheckpointError) else reason(err)
+    return str(err) if isinstance(err, CheckpointError) else folder.reason(err)
 
 
 def _check_visible(path: Path) -> None:
@@ -215,68 +198,6 @@ def _check_visible(path: Path) -> None:
                 f"does not see {path}, which rank 0 has made: save_dir must be on a file system that all ranks share"
             )
         time.sleep(0.05)
-
-
-def _write_tensors(tensors: Mapping[str, FlatTensor], path: Path, ranks: Ranks) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(
-                {name: tensor.split(MOST_ELEMENTS) for name, tensor in tensors.items()},
-                storage_writer=_Writer(path),
-                planner=_SavePlanner(),
-                process_group=ranks.group,
-                no_dist=ranks.group is None,
-            )
-    except dcp.CheckpointException as err:
-        if ranks.group is None:
-            raise next(iter(err.failures.values()))[0] from err
-        raise
-
-
-class _Writer(dcp.FileSystemWriter):
-    """Several files a rank: DCP keeps copies of all tensors of a file in memory until it is complete."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
-        buckets = _buckets(plan.items)
-        if len(buckets) == 1:
-            return super().write_data(plan, planner)
-        results = []
-        for number, items in enumerate(buckets):
-            prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
-            results += super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner).wait()
-        done: Future[list[Any]] = Future()
-        done.set_result(results)
-        return done
-
-
-def _buckets(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """The items in their order, so many a file that it stays below `FILE_BYTES`."""
-    buckets: list[list[WriteItem]] = [[]]
-    size = 0
-    for item in items:
-        assert item.tensor_data is not None
-        data = item.tensor_data
-        more = data.chunk.sizes.numel() * data.properties.dtype.itemsize
-        if buckets[-1] and size + more > FILE_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(item)
-        size += more
-    return buckets
-
-
-class _SavePlanner(dcp.DefaultSavePlanner):
-    """DCP's planner for `FlatTensor`. What several ranks hold is written by the first of them."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.lookup_object(write_item.index)
 
 
 def _write_own(payloads: Mapping[str, bytes], path: Path, rank: int) -> dict[str, dict[str, int]]:
@@ -315,13 +236,15 @@ class Stored:
     """A checkpoint on disk whose files have been verified. Nothing of it is in memory but the list of its tensors."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        from lightrft_lightning.checkpoints import _dcp
+
         self.path = path
         self.manifest = manifest
         self.tensors = {
             name: TensorInfo(tuple(entry["shape"]), getattr(torch, entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
-        self._metadata = read_metadata(path)
+        self._metadata = _dcp.read_metadata(path)
 
     def shared(self, weights_only: bool = True) -> dict[str, Any]:
         """What was the same on all ranks.
@@ -338,11 +261,9 @@ class Stored:
 
     def read_into(self, targets: Mapping[str, FlatTensor]) -> None:
         """Read into each target the ranges that it holds, from the tensor of the key's name."""
-        reader = dcp.FileSystemReader(self.path)
-        reader.set_up_storage_reader(self._metadata, True)
-        planner = _LoadPlanner()
-        planner.set_up_planner({n: t for n, t in targets.items() if t.pieces}, self._metadata, True)
-        reader.read_data(planner.create_local_plan(), planner).wait()
+        from lightrft_lightning.checkpoints import _dcp
+
+        _dcp.read_into(targets, self.path, self._metadata)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -413,21 +334,6 @@ class StoredState(MutableMapping[str, Any]):
                 target.copy_from(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner for `FlatTensor`."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
 def open_checkpoint(path: Path, ranks: Ranks) -> Stored:
     """Verify the files of a checkpoint, each rank its share of them.
 
@@ -446,31 +352,5 @@ def readable(path: Any, read: Callable[[], T]) -> T:
         return read()
     except (CheckpointError, FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except (Exception, dcp.CheckpointException) as err:
-        raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {reason(err)}") from err
-
-
-def read_metadata(path: Path) -> Metadata:
-    """The list of tensors of a DCP folder, read without running what it might hold."""
-    with (path / ".metadata").open("rb") as file:
-        return _MetadataUnpickler(file).load()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Accepts what DCP's metadata file consists of and nothing else: DCP itself would run any code in it."""
-
-    _ALLOWED = {
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath", "WindowsPath"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if not plain and name not in self._ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f".metadata refers to {module}.{name}, which no checkpoint of tensors does")
-        return super().find_class(module, name)
+    except Exception as err:
+        raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {folder.reason(err)}") from err

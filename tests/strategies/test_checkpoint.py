@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
-from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints import _dcp, folder
 
 
 class Run:
@@ -157,13 +157,13 @@ def test_a_model_without_optimizer_and_state_that_is_no_tensor(tmp_path):
 
 def test_large_tensors_are_cut_into_pieces_and_files(tmp_path, monkeypatch):
     """A rank that needs a part of a tensor reads little more than that; one that writes keeps one file in memory."""
-    monkeypatch.setattr(store, "MOST_ELEMENTS", 5)
-    monkeypatch.setattr(store, "FILE_BYTES", 100)
+    monkeypatch.setattr(_dcp, "MOST_ELEMENTS", 5)
+    monkeypatch.setattr(_dcp, "FILE_BYTES", 100)
     run = Run()
     run.train(2)
     path = Path(run.strategy.save_ckpt(run.model, tmp_path))
     assert len(list(path.glob("__0_*_0.distcp"))) > 5
-    chunks = [c.sizes[0] for m in store.read_metadata(path).state_dict_metadata.values() for c in m.chunks]
+    chunks = [c.sizes[0] for m in _dcp.read_metadata(path).state_dict_metadata.values() for c in m.chunks]
     assert max(chunks) == 5 and sum(chunks) == 3 * (8 * 4 + 8 * 2 + 8 + 8 + 1) + 2 * 8 + 1 + 6
     other = Run(seed=1)
     other.strategy.load_ckpt(other.model, tmp_path)

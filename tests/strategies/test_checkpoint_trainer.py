@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightrft_lightning import CheckpointError, FakeStrategy
-from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints import _dcp, folder, store
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -210,14 +210,14 @@ def test_only_the_newest_remains(straight, tmp_path, settings):
 
 
 def test_a_failure_in_the_background_ends_the_run_and_keeps_the_older_checkpoint(tmp_path, monkeypatch, caplog):
-    original = store._write_tensors
+    original = _dcp.save
 
-    def fails_the_second_time(tensors, path, ranks):
-        original(tensors, path, ranks)
+    def fails_the_second_time(tensors, path, group):
+        original(tensors, path, group)
         if list(tmp_path.glob("epoch*.ckpt")):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_tensors", fails_the_second_time)
+    monkeypatch.setattr(_dcp, "save", fails_the_second_time)
     trainer = make_trainer(tmp_path, 2, strategy=FakeStrategy(async_checkpoints=True))
     with pytest.raises(CheckpointError, match=r"could not be written: OSError .*No space left"):
         trainer.fit(Module())
