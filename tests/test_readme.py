@@ -106,7 +106,8 @@ def test_the_metrics_that_are_documented_are_logged(tmp_path):
     )  # fmt: skip
     task = {"task": "digits_addition", "size": 16}
     trainer.fit(module, datamodule=PromptDataModule(train=task, val=task, batch_size=4))
-    table = (ROOT / "docs" / "architecture.md").read_text()
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    table = "\n".join(line for line in lines if "with several ranks" not in line)
     named = set(re.findall(r"`((?:train|time|val)/[a-z_/]+)`", table))
     assert len(named) > 15
     assert named <= set(trainer.callback_metrics)

@@ -14,8 +14,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 tokenizer, strategy = char_tokenizer(), FakeStrategy()
 engine = RemoteRollout(engine="transformers", deadline=60.0)
 strategy.setup_inference_engine(engine_type=engine, actor=tiny_llama(seed=0, width=32, layers=2), tokenizer=tokenizer)
-print(engine._server.pid, engine._exchange, flush=True)
 try:
+    print(engine._server.pid, engine._exchange, flush=True)  # Ctrl-C may come as soon as this is read
     while True:
         strategy.gather_and_generate(SamplingParams(max_new_tokens=4), all_prompts=["1+1="])
 except KeyboardInterrupt:
