@@ -1,9 +1,10 @@
 """The embedded engine: generates in-process with the training model itself, no server and no second copy.
 
-A group's prompt is prefilled once and its key/value cache is repeated for the group's samples; sequences that are
-finished leave the batch. Left out on purpose: paged or preallocated caches (Hugging Face's `DynamicCache` copies itself
-every step, which was lost in the noise below 200 tokens of context on a model of SmolLM2-135M's shape, and took 15 to
-20 % of a step at 400), speculative decoding and continuous batching. Who needs those takes the vLLM or SGLang engine.
+A group's prompt is prefilled once and its key/value cache is repeated for the group's samples. Sequences that are
+finished leave the batch, others take their places, and the cache has no column that only padding is in. Left out on
+purpose: paged or preallocated caches (Hugging Face's `DynamicCache` copies itself every step, which was lost in the
+noise below 200 tokens of context on a model of SmolLM2-135M's shape, and took 15 to 20 % of a step at 400) and
+speculative decoding. Who needs those takes the vLLM or SGLang engine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,8 +33,8 @@ from lightrft_lightning.models.layers import evaluating, uncompiled
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-# Dropping rows copies the cache of those that stay. Waiting until an eighth of the batch is finished bounds all copies
-# of one call together by eight times the cache.
+# Dropping rows, and letting others in, copies the cache of those that stay. Waiting until an eighth of the batch is
+# finished bounds all copies of one call together by eight times the cache.
 _COMPACT_AT = 7 / 8
 # Most nuclei are smaller than this; finding the largest 1024 of 49,152 logits is six times faster than sorting them.
 _NUCLEUS_CANDIDATES = 1024
@@ -85,7 +87,15 @@ class TransformersRollout(RolloutCallback):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """As in `RolloutEngine`. Sharded weights are gathered for the time of the call, on every rank.
+        """As in `RolloutEngine`; see `stream`."""
+        groups = dict(self.stream(prompts, sampling, streams))
+        return [groups[i] for i in range(len(prompts))]
+
+    @override
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `generate`, group by group. Sharded weights are gathered until the end of it, on every rank.
 
         Raises:
             RuntimeError: `connect` was not called, or the model's logits are not finite.
@@ -96,18 +106,20 @@ class TransformersRollout(RolloutCallback):
         _check_prompts(prompts, sampling.max_new_tokens, self._model.config)
         # Neighbours of similar length need little padding, and equal prompts land in the same prefill.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
-        rows = [_Row(i, j, i if streams is None else streams[i]) for i in order for j in range(sampling.n)]
-        limit = self.max_batch_size or max(1, len(rows))
-        step = max(1, limit // sampling.n) * sampling.n  # whole groups, so that each prompt is prefilled once
-
-        # no_grad rather than inference_mode: nothing made here may be refused by autograd when training continues.
+        groups = {
+            i: [_Row(i, tuple(prompts[i]), i if streams is None else streams[i], j) for j in range(sampling.n)]
+            for i in order
+        }
         whole = nullcontext() if self.strategy is None else self.strategy.gathered_parameters(self._model)
-        with torch.no_grad(), whole, _generating(self._model):
-            decoder = _Decoder(self._model, self.tokenizer, sampling)
-            for start in range(0, len(rows), step):
-                decoder.run(prompts, rows[start : start + step], limit)
-        done = {(row.prompt, row.sample): row.completion() for row in rows}
-        return [[done[i, j] for j in range(sampling.n)] for i in range(len(prompts))]
+        with whole:
+            decoder = _Decoder(self._model, self.tokenizer, sampling, [row for i in order for row in groups[i]])
+            finished = decoder.run(self.max_batch_size or max(1, len(decoder.waiting)))
+            while groups:
+                # no_grad rather than inference_mode: nothing made here may be refused by autograd when training
+                # continues. Left for each group, as the caller does other things with it.
+                with torch.no_grad(), _generating(self._model):
+                    done = next(i for i in (row.prompt for row in finished) if _finished(groups.get(i)))
+                yield done, [row.completion() for row in groups.pop(done)]
 
 
 @dataclass
@@ -115,8 +127,9 @@ class _Row:
     """One sequence being decoded: sample number `sample` of prompt number `prompt`, which draws from `stream`."""
 
     prompt: int
-    sample: int
+    prompt_ids: tuple[int, ...]
     stream: int
+    sample: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -124,6 +137,11 @@ class _Row:
     def completion(self) -> Completion:
         assert self.finish_reason is not None
         return Completion(tuple(self.token_ids), tuple(self.logprobs), self.finish_reason)
+
+
+def _finished(group: Sequence[_Row] | None) -> bool:
+    """Whether it is there, not given away yet, and all of its sequences have ended."""
+    return group is not None and all(row.finish_reason is not None for row in group)
 
 
 @dataclass
@@ -140,36 +158,107 @@ class _State:
     mask: Tensor
     logits: Tensor
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether other sequences can join: not in a window, which counts the tokens of all of its rows together."""
+        dynamic_layer = import_extra("transformers.cache_utils", "hf").DynamicLayer
+        return all(type(layer) is dynamic_layer for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[Any]:
+        return self.cache.layers  # annotated as what some kinds of layers lack
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only, in this order; a row may be named several times."""
         index = torch.tensor(rows, device=self.mask.device)
         # Every kind of cache layer has this method, unlike `batch_select_indices`. (It is annotated too narrowly.)
         self.cache.reorder_cache(index)  # type: ignore[arg-type]
         self.mask, self.logits = self.mask[index], self.logits[index]
+        if self.can_grow:
+            self._pad(self.mask.shape[1] - int(self.mask.sum(-1).max()))
+
+    def join(self, other: _State) -> None:
+        """Append the rows of `other`, which loses its cache. Both `can_grow`."""
+        missing = other.mask.shape[1] - self.mask.shape[1]
+        self._pad(-max(missing, 0))
+        other._pad(-max(-missing, 0))
+        for mine, its in zip(self._layers, other._layers, strict=True):
+            mine.keys, mine.values = torch.cat([mine.keys, its.keys]), torch.cat([mine.values, its.values])
+            its.keys = its.values = None
+        self.mask, self.logits = torch.cat([self.mask, other.mask]), torch.cat([self.logits, other.logits])
+
+    def _pad(self, less: int) -> None:
+        """Take `less` columns of padding off, or add them if it is negative."""
+        if less == 0:
+            return
+        self.mask = nn.functional.pad(self.mask, (-less, 0))
+        for layer in self._layers:
+            layer.keys, layer.values = (nn.functional.pad(v, (0, 0, -less, 0)) for v in (layer.keys, layer.values))
 
 
 class _Decoder:
-    """One `generate` call's loop: prefill, expand, then one token a step for all live sequences."""
+    """The sequences of one call, each prompt prefilled once, then one token a step for all that are in the batch."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams, rows: Iterable[_Row]
+    ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.waiting = deque(rows)
+        # Rows that are finished run on until they leave the batch, but not to positions that the model does not have.
+        self.last_position = max((len(row.prompt_ids) for row in self.waiting), default=0) + sampling.max_new_tokens - 1
         self.device = next(model.parameters()).device
         self.accepted = _forward_arguments(model)
         self.eos_ids = _eos_ids(model, tokenizer)
         # A stop string of b bytes that ends in the newest token covers at most b tokens. One more, because some
         # tokenizers strip the space in front of the first token that they decode.
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 1
+        self._cut: tuple[tuple[int, ...], _State] | None = None
+        """A prompt of whose samples some wait, prefilled."""
 
-    def run(self, prompts: Sequence[Sequence[int]], rows: list[_Row], limit: int) -> None:
-        """Prefill the prompts of these rows, each once, then decode at most `limit` rows at a time."""
-        unique = list(dict.fromkeys(tuple(prompts[row.prompt]) for row in rows))
-        position = {ids: k for k, ids in enumerate(unique)}
-        prefilled = self.prefill(unique)
-        for start in range(0, len(rows), limit):
-            chunk = rows[start : start + limit]
-            state = copy.deepcopy(prefilled) if len(rows) > limit else prefilled
-            state.select([position[tuple(prompts[row.prompt])] for row in chunk])
-            self.decode(state, chunk)
+    def run(self, limit: int) -> Iterator[_Row]:
+        """Decode all sequences, at most `limit` at a time; each is yielded once it is finished."""
+        while self.waiting:
+            rows, state = self.admit(limit)
+            uniforms = self.draws(rows)
+            while rows:
+                steps = torch.tensor([min(len(row.token_ids), self.sampling.max_new_tokens - 1) for row in rows])
+                drawn = uniforms.gather(1, steps.to(uniforms.device)[:, None]).squeeze(1)
+                tokens, logprobs = _sample(state.logits, self.sampling, drawn)
+                yield from self.append(rows, tokens.tolist(), logprobs.tolist())
+                live = [k for k, row in enumerate(rows) if row.finish_reason is None]
+                if not live:
+                    break
+                leave = len(live) <= _COMPACT_AT * len(rows)
+                if leave:
+                    state.select(live)
+                    rows, uniforms, tokens = [rows[k] for k in live], uniforms[live], tokens[live]
+                state.mask = nn.functional.pad(state.mask, (0, 1), value=1)
+                positions = (state.mask.sum(-1, keepdim=True) - 1).clamp(max=self.last_position)
+                state.logits = self.forward(tokens[:, None].to(self.device), state.mask, positions, state.cache)
+                if leave and self.waiting and state.can_grow:
+                    new, joining = self.admit(limit - len(rows))
+                    state.join(joining)
+                    rows, uniforms = rows + new, torch.cat([uniforms, self.draws(new)])
+
+    def admit(self, count: int) -> tuple[list[_Row], _State]:
+        """The next `count` sequences that wait, ready for their first token."""
+        cut, self._cut = self._cut, None
+        if cut is not None and not cut[1].can_grow:
+            count = min(count, sum(row.prompt_ids == cut[0] for row in self.waiting))
+        rows = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
+        unique = list(dict.fromkeys(row.prompt_ids for row in rows))
+        if cut is None:
+            state = self.prefill(unique)
+        else:
+            _, state = cut
+            if len(unique) > 1:
+                state.join(self.prefill(unique[1:]))
+        if self.waiting and self.waiting[0].prompt_ids == unique[-1]:
+            rest = copy.deepcopy(state)
+            rest.select([len(unique) - 1])
+            self._cut = unique[-1], rest
+        state.select([unique.index(row.prompt_ids) for row in rows])
+        return rows, state
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> _State:
         transformers = import_extra("transformers", "hf")
@@ -180,22 +269,6 @@ class _Decoder:
         cache = transformers.DynamicCache(config=self.model.config)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         return _State(cache, mask, self.forward(ids, mask, positions, cache))
-
-    def decode(self, state: _State, rows: list[_Row]) -> None:
-        """Sample until every row is finished. Only live rows (and a few finished ones) stay in `state`."""
-        uniforms = self.draws(rows)
-        for step in range(self.sampling.max_new_tokens):
-            tokens, logprobs = _sample(state.logits, self.sampling, uniforms[:, step])
-            self.append(rows, tokens.tolist(), logprobs.tolist())
-            live = [k for k, row in enumerate(rows) if row.finish_reason is None]
-            if not live:
-                return
-            if len(live) <= _COMPACT_AT * len(rows):
-                state.select(live)
-                rows, uniforms, tokens = [rows[k] for k in live], uniforms[live], tokens[live]
-            state.mask = nn.functional.pad(state.mask, (0, 1), value=1)
-            positions = state.mask.sum(-1, keepdim=True) - 1
-            state.logits = self.forward(tokens[:, None].to(self.device), state.mask, positions, state.cache)
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Run the model on new tokens [B, L]; returns the float32 logits [B, V] that follow the last one."""
@@ -212,9 +285,10 @@ class _Decoder:
         device = "cpu" if self.device.type == "mps" else self.device
         return torch.from_numpy(np.stack([g.random(s.max_new_tokens) for g in streams])).to(device)
 
-    def append(self, rows: Sequence[_Row], tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Give each live row its new token and decide whether it is finished."""
-        live = []
+    def append(self, rows: Sequence[_Row], tokens: Sequence[int], logprobs: Sequence[float]) -> list[_Row]:
+        """Give each live row its new token; returns those that this finishes."""
+        live = [row for row in rows if row.finish_reason is None]
+        going = []
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             if row.finish_reason is not None:
                 continue
@@ -228,11 +302,12 @@ class _Decoder:
             if token in self.eos_ids:
                 row.finish_reason = "eos"
             else:
-                live.append(row)
-        self.apply_stop_strings(live)
-        for row in live:
+                going.append(row)
+        self.apply_stop_strings(going)
+        for row in going:
             if row.finish_reason is None and len(row.token_ids) == self.sampling.max_new_tokens:
                 row.finish_reason = "length"
+        return [row for row in live if row.finish_reason is not None]
 
     def apply_stop_strings(self, rows: Sequence[_Row]) -> None:
         """Finish the rows in which the newest token completed a stop string."""

@@ -216,14 +216,17 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_probability():
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 3, 8, 100])
-def test_batching_does_not_change_the_tokens(max_batch_size, connect):
-    model = make_model(scale=2.0)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_batching_does_not_change_the_tokens(name, max_batch_size, connect):
+    model = make_model(name, scale=2.0)
     sampling = SamplingParams(n=4, max_new_tokens=20, seed=3)
     prompts = [*PROMPTS, PROMPTS[0]]
     together = connect(model).generate(prompts, sampling)
     forwards = Forwards(model)
     cut = connect(model, max_batch_size=max_batch_size).generate(prompts, sampling)
     assert ids(cut) == ids(together)
+    for a, b in zip([c for g in cut for c in g], [c for g in together for c in g], strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.finish_reason == b.finish_reason
     assert max(rows for rows, _ in forwards.inputs) <= max_batch_size
     assert len(set(ids(together)[0]) | set(ids(together)[-1])) > 4  # equal prompts have draws of their own
 
@@ -359,8 +362,8 @@ def test_the_stop_window_finds_what_the_whole_text_holds(stop, text, single_byte
         token_ids = [core.token_to_id(c) for piece, _ in core.pre_tokenizer.pre_tokenize_str(text) for c in piece]
     hits = [t for t in range(1, len(token_ids) + 1) if stop in tokenizer.decode(token_ids[:t])]
 
-    decoder = engine_module._Decoder(make_model(), tokenizer, SamplingParams(stop=stop))
-    row = engine_module._Row(0, 0, 0)
+    decoder = engine_module._Decoder(make_model(), tokenizer, SamplingParams(stop=stop), [])
+    row = engine_module._Row(0, (), 0, 0)
     while row.finish_reason is None and len(row.token_ids) < len(token_ids):
         row.token_ids.append(token_ids[len(row.token_ids)])
         decoder.apply_stop_strings([row])
@@ -406,6 +409,39 @@ def test_finished_sequences_leave_the_batch(connect):
     assert [len(group[0].token_ids) for group in found] == [1, 8, 7, 7, 7, 7, 7, 7]
     # Eight prompts, three different ones; `h` is finished at once, the six `b` one step before the `a`.
     assert [rows for rows, _ in forwards.inputs] == [3, 7, 7, 7, 7, 7, 7, 1]
+
+
+def test_waiting_sequences_take_the_places_of_finished_ones(connect):
+    model = chain_model("abcdefgh$")
+    forwards = Forwards(model)
+    prompts = [spell(text) for text in ("0a", "1h", "2b", "3h", "4c", "5h")]  # decoded in this order
+    found = connect(model, max_batch_size=2).generate(prompts, SamplingParams(n=1, max_new_tokens=20))
+    assert [len(group[0].token_ids) for group in found] == [8, 1, 7, 1, 6, 1]
+    decoded = [rows for rows, tokens in forwards.inputs if tokens == 1]
+    # A prompt's prefill gives its first token, so 7 + 6 + 5 are left. Two by two it would be 18 steps: an `h` is
+    # finished at once and would leave its place empty until its neighbour is finished.
+    assert sum(decoded) == 18 and len(decoded) <= 12
+
+
+def test_columns_of_padding_leave_with_the_rows_that_needed_them(connect):
+    model = chain_model("abcdefgh$")
+    widths = []
+    model.register_forward_pre_hook(lambda m, args, kw: widths.append(kw["attention_mask"].shape[1]), with_kwargs=True)
+    connect(model).generate([spell("a"), spell("zzzzzzzzzh")], SamplingParams(n=1, max_new_tokens=20))
+    # The long prompt is finished by its first token; what is left is one token, and one more in each step.
+    assert widths[:4] == [10, 2, 3, 4]
+
+
+def test_groups_come_as_soon_as_they_are_finished(connect):
+    model = chain_model("abcdefgh$").train()
+    forwards = Forwards(model)
+    groups = connect(model).stream([spell("a"), spell("h"), spell("e")], SamplingParams(n=2, max_new_tokens=20))
+    order = []
+    for i, group in groups:
+        order.append((i, len(group), len(forwards.inputs)))
+        # The caller's own work is not done in the generation's modes.
+        assert model.training and torch.is_grad_enabled()
+    assert order == [(1, 2, 1), (2, 2, 4), (0, 2, 8)]
 
 
 def test_the_model_runs_with_a_cache_of_live_rows_only(connect, monkeypatch):
