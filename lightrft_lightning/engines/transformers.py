@@ -87,20 +87,27 @@ class TransformersRollout(RolloutCallback):
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
     ) -> list[list[Completion]]:
-        """As in `RolloutEngine`; see `stream`."""
-        groups = dict(self.stream(prompts, sampling, streams))
+        """As in `RolloutEngine`. Sharded weights are gathered for the time of the call, on every rank.
+
+        Raises:
+            RuntimeError: `connect` was not called, or the model's logits are not finite.
+            ValueError: a prompt is empty, or too long for the model together with `max_new_tokens`.
+        """
+        groups = dict(self._groups(prompts, sampling, streams))
         return [groups[i] for i in range(len(prompts))]
 
     @override
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """As `generate`, group by group. Sharded weights are gathered until the end of it, on every rank.
+        """As `generate`, each group once its last sequence is finished."""
+        if type(self).generate is not TransformersRollout.generate:
+            return super().stream(prompts, sampling, streams)  # of a subclass, which changes that alone
+        return self._groups(prompts, sampling, streams)
 
-        Raises:
-            RuntimeError: `connect` was not called, or the model's logits are not finite.
-            ValueError: a prompt is empty, or too long for the model together with `max_new_tokens`.
-        """
+    def _groups(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None
+    ) -> Iterator[tuple[int, list[Completion]]]:
         if self._model is None or self.tokenizer is None:
             raise RuntimeError("TransformersRollout has no model yet: call connect(model, tokenizer) before generate()")
         _check_prompts(prompts, sampling.max_new_tokens, self._model.config)
