@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines._client import ServerFault, SessionClient, Unreachable
+from lightrft_lightning.engines._cpus import parse_cpus
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines.base import EngineError
@@ -49,6 +50,8 @@ class RemoteRollout(ServedRollout):
         engine_args: the engine's arguments; the data type is the trainer's unless it is given here,
         port: to listen on; 0: a free one, and
         log_file: gets the server's output.
+        cpus: those that a server of its own computes on, like ``0-3,6``, so that it and a trainer on the others do not
+            take turns (`staleness=1` without a GPU); None: all.
         retries: how often a call is repeated.
         settings: see `EngineWithCopy`. `deadline` is for each HTTP call as a whole; a server of its own has at least
             five minutes to start. For a `sleep_level` above 0, a server that runs already must have been started with
@@ -67,8 +70,16 @@ class RemoteRollout(ServedRollout):
         port: int = 0,
         log_file: str | Path | None = None,
         retries: int = 3,
+        cpus: str | None = None,
         **settings: Any,
     ) -> None:
+        if cpus is not None:
+            parse_cpus(cpus)
+            if url is not None:
+                raise ValueError(
+                    f"cpus={cpus!r} with url={url!r}: start that server with `lightrft serve --cpus {cpus}`"
+                )
+        self.cpus = cpus
         if engine not in wire.HOSTED:
             raise ValueError(unknown_name("engine", engine, wire.HOSTED))
         super().__init__(url, key, engine, engine_args, port, log_file, retries, **settings)
@@ -116,6 +127,7 @@ class RemoteRollout(ServedRollout):
             *(sys.executable, "-m", "lightrft_lightning.cli", "serve", "--model", self._folder.name),
             *("--engine", self.engine, "--engine-args", engine_args, "--port", str(self.port)),
             *("--sleep-level", str(self.sleep_level), "--empty-weights", "--exit-with-parent"),
+            *(() if self.cpus is None else ("--cpus", self.cpus)),
         ]
 
     @override

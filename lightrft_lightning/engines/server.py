@@ -43,6 +43,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import lightrft_lightning
 from lightrft_lightning.engines import _wire as wire
+from lightrft_lightning.engines._cpus import parse_cpus, take_cpus
 from lightrft_lightning.engines._hosted import create_hosted, vocab_size
 from lightrft_lightning.engines._service import EngineThread, Exchange, Hosted
 from lightrft_lightning.engines.weight_sync import EngineWithCopy
@@ -322,6 +323,8 @@ def main(args: Sequence[str]) -> None:
     """
     given = _parser().parse_args(args)
     _check(given)
+    if given.cpus is not None:
+        take_cpus(parse_cpus(given.cpus))
     key = _key(given.key_file)
     engine_args = _engine_args(given.engine_args)
     engine, settings = create_hosted(given.engine, engine_args, given.sleep_level)
@@ -372,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sleep-level", type=int, choices=(0, 1, 2), default=0, help="deepest sleep that the trainer may ask for")
     add("--max-request-mb", type=int, default=1024, help="a larger request is refused (MiB)")
     add("--key-file", help=f"file with the key; default: the variable {wire.KEY_VARIABLE}, else a new key is printed")
+    add("--cpus", help="CPUs to compute on, like 0-3,6; default: all that the process may use")
     add("--empty-weights", action="store_true", help="read no weights: the trainer sends its own")
     add("--exit-with-parent", action="store_true", help="end when standard input is closed")
     return parser

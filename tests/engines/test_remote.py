@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,12 @@ def strategy():
     return FakeStrategy()
 
 
+CPU = min(os.sched_getaffinity(0)) if sys.platform == "linux" else None
+
+
 @pytest.fixture(scope="module")
 def remote(strategy):
-    engine = Lossy(engine="transformers", deadline=60.0)
+    engine = Lossy(engine="transformers", deadline=60.0, cpus=None if CPU is None else str(CPU))
     strategy.setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)
     yield engine
     engine.close()
@@ -158,6 +162,9 @@ def test_two_trainers_on_one_server(remote):
         ({"url": "http://127.0.0.1:1", "key": "k", "engine_args": {"dtype": "float32"}}, "float32"),
         ({"port": 70000}, "port=70000"),
         ({"retries": -1}, "retries=-1"),
+        ({"cpus": "0-"}, "cpus='0-': must be numbers and ranges, like '0-3,6'"),
+        ({"cpus": "0,99999"}, "cpus='0,99999': this machine has 0-"),
+        ({"url": "http://127.0.0.1:1", "key": "k", "cpus": "0"}, "`lightrft serve --cpus 0`"),
         ({"deadline": 0}, "deadline=0"),
         ({"log_file": "/no/such/folder/file"}, "/no/such/folder"),
     ],
@@ -166,6 +173,13 @@ def test_wrong_arguments_are_quoted(monkeypatch, arguments, message):
     monkeypatch.delenv("LIGHTRFT_KEY", raising=False)
     with pytest.raises(ValueError, match=re.escape(message)):
         RemoteRollout(**arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no choice of CPUs")
+def test_its_server_computes_on_the_cpus_that_it_is_given(remote):
+    assert os.sched_getaffinity(remote._server.pid) == {CPU}
+    threads = {int(task.name) for task in Path(f"/proc/{remote._server.pid}/task").iterdir()}
+    assert all(os.sched_getaffinity(thread) == {CPU} for thread in threads)
 
 
 # ------------------------------------------------------------------------------- several ranks
