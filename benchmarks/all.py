@@ -54,6 +54,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "rollout": (["rollout.py"], ["--rounds", "1", "--max-new-tokens", "4", "--n", "2"]),
     "weight_sync": (["weight_sync.py", "--buckets", "128"], ["--rounds", "1"]),
     "strategies": (["strategies.py"], ["--rounds", "2", "--only", "lightrft_fake", "lightrft_fsdp"]),
+    "plan": (["plan.py"], ["--only", "plain", "--small"]),
     "parity": (["parity.py"], ["--steps", "2", "--iterations", "1", "--only", "lightrft_fsdp"]),
     "learning_tiny_from_scratch": (["learning.py", TINY], ["--seeds", "1", *SHORT]),
     "learning_tiny_one_step_off": (

@@ -19,6 +19,7 @@ from lightrft_lightning import convert
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.data import PromptDataModule
 from lightrft_lightning.module import RLHFModule
+from lightrft_lightning.planning.command import main as plan
 from lightrft_lightning.reward_module import RewardModule
 from lightrft_lightning.sft_module import SFTModule
 from lightrft_lightning.strategies.factory import available_strategies
@@ -51,6 +52,7 @@ DESCRIPTION = (
     "Reinforcement fine-tuning of language models inside PyTorch Lightning. Settings come from YAML files and flags, "
     "what comes later wins: lightrft fit --config examples/tiny_from_scratch.yaml --model.lr 1e-4. "
     "Supervised fine-tuning and reward models: lightrft sft fit --help, lightrft reward fit --help. "
+    "Memory and time of a run, before anything is loaded: lightrft plan --help. "
     "Checkpoints as Hugging Face folders, and back: lightrft convert --help. "
     "An engine in a process or on a machine of its own: lightrft serve --help"
 )
@@ -125,6 +127,8 @@ def main(args: Sequence[str] | None = None) -> int:
         import_extra("jsonargparse", "cli")
         if given[:1] == ["convert"]:
             convert.main(given[1:])
+        elif given[:1] == ["plan"]:
+            plan(given[1:])
         elif given[:1] and given[0] in MODULES:
             LightRFTCLI(given[1:], given[0])
         else:

@@ -70,8 +70,8 @@ def completion_logprobs(
             cannot take that (see `shared_prompt_problem`), or the adapter is a prompt-learning one.
         TypeError: `model` contains no Hugging Face causal language model.
     """
-    temperatures = torch.as_tensor(temperature, device=batch.target.device).expand(batch.target.shape)
-    if not (temperatures > 0).all():
+    # A number is looked at as it is: a tensor would have to be read back from the GPU, or has no values yet.
+    if not (temperature > 0 if isinstance(temperature, float | int) else bool((temperature > 0).all())):
         raise ValueError(f"temperature={temperature!r}: must be above 0 (greedy decoding has no log-probabilities)")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
@@ -92,7 +92,7 @@ def completion_logprobs(
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
-        scored = _chunked(head, hidden_NH, batch.target, temperatures, chunks, entropy, greedy)
+        scored = _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
         return scored._replace(hidden=hidden_NH) if hidden else scored
 
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
@@ -176,12 +176,13 @@ def _chunked(
     head: Callable[[Tensor], Tensor],
     hidden_NH: Tensor,
     target_N: Tensor,
-    temperature_N: Tensor,
+    temperature: float | Tensor,
     chunks: int,
     entropy: bool,
     greedy: bool,
 ) -> LogProbs:
-    warm = bool((temperature_N != 1).any())
+    warm = isinstance(temperature, Tensor) or temperature != 1
+    temperature_N = torch.as_tensor(temperature, device=target_N.device).expand(target_N.shape)
 
     def score(
         hidden_CH: Tensor, target_C: Tensor, temperature_C: Tensor

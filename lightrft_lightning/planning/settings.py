@@ -1,0 +1,125 @@
+"""What a prediction depends on, from flags or from the YAML file of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightrft_lightning import algorithms
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning.strategies.factory import available_strategies
+
+ENGINES = ("transformers", "vllm", "sglang", "remote")
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run, as far as its memory and its time depend on it.
+
+    Attributes:
+        model: as `load_model` takes it, or a Hugging Face config. Of a folder or a hub id only the config is read.
+        strategy: a registered name.
+        gpus: ranks; of CPU processes, too.
+        accelerator: ``gpu`` or ``cpu``.
+        precision: as in ``Trainer(precision=...)``.
+        prompts: of one iteration on one rank.
+        n: completions of a prompt.
+        prompt_tokens: of the longest prompt.
+        completion_tokens: of the longest completion.
+        token_budget: see `RLHFModule`.
+        share_prompts: see `RLHFModule`.
+        steps: optimizer steps of an iteration.
+        kl_coef: above 0: there is a reference.
+        critic: whether there is one, with a trunk of its own.
+        lora_rank: of adapters on all linear layers; 0: all weights are trained.
+        gradient_checkpointing: see `RLHFModule`.
+        engine: ``transformers``; ``vllm`` or ``sglang`` on the same device; ``remote``: on others.
+        engine_sleeps: whether such an engine gives its memory back between rollouts (``sleep_level``).
+
+    Raises:
+        ValueError: a value is unknown or out of range.
+    """
+
+    model: Any
+    strategy: str = "lightrft_fake"
+    gpus: int = 1
+    accelerator: str = "gpu"
+    precision: str = "32-true"
+    prompts: int = 32
+    n: int = 8
+    prompt_tokens: int = 256
+    completion_tokens: int = 512
+    token_budget: int = 8192
+    share_prompts: bool = True
+    steps: int = 1
+    kl_coef: float = 0.0
+    critic: bool = False
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    engine: str = "transformers"
+    engine_sleeps: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "prompts", "n", "prompt_tokens", "completion_tokens", "token_budget", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
+        for name, allowed in {
+            "strategy": tuple(available_strategies()), "accelerator": ("gpu", "cpu"), "precision": tuple(PRECISIONS),
+            "engine": ENGINES,
+        }.items():  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(name, str(getattr(self, name)), allowed))
+        if self.strategy == "lightrft_fake" and self.gpus > 1:
+            raise ValueError(f"gpus={self.gpus} with strategy='lightrft_fake', which is one process")
+        if self.prompt_tokens + self.completion_tokens > self.token_budget:
+            raise ValueError(
+                f"token_budget={self.token_budget}: a prompt of {self.prompt_tokens} and a completion of "
+                f"{self.completion_tokens} tokens do not fit"
+            )
+        if self.kl_coef < 0 or self.lora_rank < 0:
+            raise ValueError(f"kl_coef={self.kl_coef}, lora_rank={self.lora_rank}: must be 0 or more")
+
+
+def of_config(path: Path) -> dict[str, Any]:
+    """What the YAML file of a run says about the settings of `Planned`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of a run of `RLHFModule`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    given = import_extra("yaml", "cli").safe_load(path.read_text())
+    run = given if isinstance(given, Mapping) else {}
+    module, trainer, data = ({**(run.get(part) or {})} for part in ("model", "trainer", "data"))
+    if "model" not in module or not {"rewards", "environment"} & module.keys():
+        raise ValueError(f"--config {path}: holds no run of RLHFModule (model.model with model.rewards or environment)")
+    names = ("advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "aggregation", "kl_coef",
+             "kl_estimator", "kl_in", "advantage_norm", "critic", "dynamic_sampling")  # fmt: skip
+    chosen = algorithms.resolve(module.get("algorithm"), {name: module.get(name) for name in names})
+    sampling = module.get("sampling") or {}
+    steps = module.get("steps_per_epoch", 1) * module.get("epochs_per_rollout", 1)
+    found = {
+        "model": module["model"], "strategy": trainer.get("strategy", "lightrft_fake"),
+        "accelerator": trainer.get("accelerator"), "gpus": trainer.get("devices"),
+        "precision": trainer.get("precision"), "prompts": data.get("batch_size"), "n": sampling.get("n"),
+        "prompt_tokens": data.get("max_prompt_length"), "completion_tokens": sampling.get("max_new_tokens"),
+        "token_budget": module.get("token_budget"), "share_prompts": module.get("share_prompts"), "steps": steps,
+        "kl_coef": chosen["kl_coef"], "critic": chosen["critic"] is not None,
+        "gradient_checkpointing": module.get("gradient_checkpointing"), "engine": _engine_of(trainer),
+    }  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None and value != "auto"}
+
+
+def _engine_of(trainer: Mapping[str, Any]) -> str | None:
+    engines = {"VLLMRollout": "vllm", "SGLangRollout": "sglang", "RemoteRollout": "remote"}
+    for callback in trainer.get("callbacks") or ():
+        path = callback if isinstance(callback, str) else callback.get("class_path", "")
+        if path.split(".")[-1] in engines:
+            return engines[path.split(".")[-1]]
+    return None
