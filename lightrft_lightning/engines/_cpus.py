@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch
 
@@ -14,12 +15,11 @@ def parse_cpus(text: str) -> set[int]:
         ValueError: it is no such list, or this machine lets nobody choose or lacks one of them.
     """
     cpus: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            cpus |= set(range(int(first), int(last or first) + 1))
-    except ValueError as err:
-        raise ValueError(f"cpus={text!r}: must be numbers and ranges, like '0-3,6'") from err
+    for part in text.split(","):
+        if not re.fullmatch(r"\d+(-\d+)?", part):
+            raise ValueError(f"cpus={text!r}: must be numbers and ranges, like '0-3,6'")
+        first, _, last = part.partition("-")
+        cpus |= set(range(int(first), int(last or first) + 1))
     if not hasattr(os, "sched_setaffinity"):
         raise ValueError(f"cpus={text!r}: this operating system does not let a program choose; leave it out")
     last_one = (os.cpu_count() or 1) - 1

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_CHUNK_LOGITS = 1 << 25
+"""Most logits of a chunk; with a vocabulary of 150,000 more tokens at once would be no faster, and need gigabytes."""
+
+
 class LogProbs(NamedTuple):
     """Of the N policy tokens of a `PackedBatch`, in its order, float32.
 
@@ -40,7 +44,7 @@ def completion_logprobs(
     model: nn.Module,
     batch: PackedBatch,
     temperature: float | Tensor = 1.0,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     entropy: bool = False,
     greedy: bool = False,
     hidden: bool = False,
@@ -60,7 +64,7 @@ def completion_logprobs(
         batch: from `pack`, on the model's device.
         temperature: the sampling temperature, of all tokens or ``[N]`` of each; logits are divided by it.
         chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
-            size.
+            size. Default: 512, or fewer if their logits would take more than 128 MB.
         entropy: also compute the entropy of each distribution.
         greedy: also say of each token whether it is the most likely one.
         hidden: also return the hidden states, with gradient, for a head of the caller's.
@@ -73,13 +77,14 @@ def completion_logprobs(
     # A number is looked at as it is: a tensor would have to be read back from the GPU, or has no values yet.
     if not (temperature > 0 if isinstance(temperature, float | int) else bool((temperature > 0).all())):
         raise ValueError(f"temperature={temperature!r}: must be above 0 (greedy decoding has no log-probabilities)")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
     causal_lm = find_causal_lm(model)
     check_layout(causal_lm, batch)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("a prompt-learning adapter adds tokens that packed rows do not have; use LoRA or the like")
     backbone, own_forward = causal_lm.base_model, causal_lm.forward
+    chunk = chunk_size or min(512, max(1, _CHUNK_LOGITS // causal_lm.config.get_text_config().vocab_size))
 
     def forward(**inputs: Any) -> LogProbs:
         output = backbone(**{name: value for name, value in inputs.items() if value is not None})
@@ -91,7 +96,7 @@ def completion_logprobs(
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
-        chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk_size))
+        chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk))
         scored = _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
         return scored._replace(hidden=hidden_NH) if hidden else scored
 
