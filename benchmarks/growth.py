@@ -60,9 +60,7 @@ def useful_flops(model: LlamaForCausalLM, batches: list[PackedBatch]) -> float:
     layers = sum(p.numel() for p in model.model.layers.parameters())
     config: Any = model.config
     width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
-    pairs = sum(
-        int((b.attention_mask(torch.float32, "sdpa").squeeze(1) & (b.piece >= 0)[:, :, None]).sum()) for b in batches
-    )
+    pairs = sum(int((b.visible().squeeze(1) & (b.piece >= 0)[:, :, None]).sum()) for b in batches)
     tokens, predicted = sum(b.num_tokens for b in batches), sum(b.num_policy_tokens for b in batches)
     return 6.0 * (layers * tokens + head * predicted) + 12.0 * width * config.num_hidden_layers * pairs
 

@@ -88,9 +88,9 @@ class PackedBatch:
             implementation: the model's ``config._attn_implementation``.
 
         Returns:
-            One completion a row: the usual ``[B, L]`` mask. Shared prompts: ``[B, 1, L, L]``, bool for ``sdpa`` and
-            additive for ``eager``, or a `BlockMask` for ``flex_attention``, which has an entry for 128 × 128 of these.
-            Padding attends to padding, so that no row of the softmax is empty (NaN).
+            One completion a row: the usual ``[B, L]`` mask. Shared prompts: ``[B, 1, L, L]``, additive, or bool for
+            ``sdpa`` elsewhere than on a CPU; or a `BlockMask` for ``flex_attention``, which has an entry for 128 × 128
+            of these.
 
         Raises:
             ValueError: prompts are shared and `implementation` takes none of these masks. The kernels for rows of
@@ -106,12 +106,22 @@ class PackedBatch:
                 f"attn_implementation={implementation!r} takes no mask for shared prompts. Load the model with "
                 "attn_implementation='sdpa', or pack with share_prompts=False"
             )
-        same_piece = self.piece[:, :, None] == self.piece[:, None, :]
-        visible = (self.branch[:, None, :] == PROMPT) | (self.branch[:, :, None] == self.branch[:, None, :])
-        mask = (same_piece & visible).tril_()[:, None]
+        visible = self.visible()
         if implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+            if visible.device.type != "cpu":
+                return visible  # a kernel there may take no other dtype than the queries', which autocast decides
+            # Of a bool mask every layer would make an additive one, and keep it for the backward pass.
+            dtype = torch.promote_types(dtype, torch.float32)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+    def visible(self) -> Tensor:
+        """``[B, 1, L, L]`` bool, whether the token in the row sees that in the column.
+
+        Padding attends to padding, so that no row of the softmax is empty (NaN).
+        """
+        same_piece = self.piece[:, :, None] == self.piece[:, None, :]
+        seen = (self.branch[:, None, :] == PROMPT) | (self.branch[:, :, None] == self.branch[:, None, :])
+        return (same_piece & seen).tril_()[:, None]
 
     def ends(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row and column of the last token of each trajectory in the batch, and which one it is; each ``[T]``."""

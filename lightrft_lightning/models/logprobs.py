@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from lightrft_lightning._errors import import_extra
@@ -63,8 +63,8 @@ def completion_logprobs(
         model: a Hugging Face causal language model, or a wrapper that contains one.
         batch: from `pack`, on the model's device.
         temperature: the sampling temperature, of all tokens or ``[N]`` of each; logits are divided by it.
-        chunk_size: most tokens whose logits exist at the same time; the step's peak is about 4 times their float32
-            size. Default: 512, or fewer if their logits would take more than 128 MB.
+        chunk_size: most tokens whose logits exist at the same time; the step's peak is about 2 times their float32
+            size, 3 with `entropy` or a temperature. Default: 512, or fewer if their logits would take more than 128 MB.
         entropy: also compute the entropy of each distribution.
         greedy: also say of each token whether it is the most likely one.
         hidden: also return the hidden states, with gradient, for a head of the caller's.
@@ -87,16 +87,20 @@ def completion_logprobs(
     chunk = chunk_size or min(512, max(1, _CHUNK_LOGITS // causal_lm.config.get_text_config().vocab_size))
 
     def forward(**inputs: Any) -> LogProbs:
+        output_head, gradient = causal_lm.get_output_embeddings(), _WeightGradient()
+        head_forward = _summing_forward(output_head, gradient)
         output = backbone(**{name: value for name, value in inputs.items() if value is not None})
 
         def head(hidden_NH: Tensor) -> Tensor:
             # The other fields (a mixture of experts' router logits) stay, because the model's forward may read them.
             rest = {**output, "last_hidden_state": hidden_NH[None]}
-            with replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest)):
+            given = replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest))
+            with given, replaced_forward(output_head, head_forward):
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
         chunks = _equally_many(causal_lm, -(-len(hidden_NH) // chunk))
+        gradient.calls = chunks
         scored = _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
         return scored._replace(hidden=hidden_NH) if hidden else scored
 
@@ -195,13 +199,7 @@ def _chunked(
         logits_CV = head(hidden_CH)
         # A log-softmax in bfloat16 is off by up to 0.08.
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        if warm:  # dividing by 1 would cost one more copy
-            logits_CV = logits_CV / temperature_C[:, None]
-        logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
-        with torch.no_grad():
-            entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1) if entropy else None
-            greedy_C = logits_CV.argmax(-1) == target_C if greedy else None
-        return logprobs_C, entropy_C, greedy_C
+        return _TokenScores.apply(logits_CV, target_C, temperature_C if warm else None, entropy, greedy)
 
     results = []
     parts = (values.tensor_split(chunks) for values in (hidden_NH, target_N, temperature_N))
@@ -218,6 +216,98 @@ def _chunked(
         greedy=torch.cat(likely) if greedy else None,
         hidden=None,
     )
+
+
+def _summing_forward(head: nn.Module, gradient: _WeightGradient) -> Callable[[Tensor], Tensor]:
+    """A forward for `head` whose calls share `gradient`, or its own.
+
+    Heads that are not plain linear layers (adapters, quantized weights), and those whose weight is cast or gathered for
+    each call, keep their own.
+    """
+    weight = getattr(head, "weight", None)
+    if (
+        type(head).forward is not nn.Linear.forward
+        or "forward" in head.__dict__
+        or not isinstance(weight, Tensor)
+        or not weight.requires_grad
+        or hasattr(weight, "ds_id")
+        or torch.is_autocast_enabled(weight.device.type)
+    ):
+        return head.forward
+    return lambda hidden: _SummingLinear.apply(hidden, head.weight, head.bias, gradient)
+
+
+class _WeightGradient:
+    """The gradient of a weight that several calls use, in one tensor.
+
+    Autograd would make a tensor for each call and one more for the sum; with a vocabulary of 150,000 each of them is
+    larger than the logits of a chunk.
+    """
+
+    def __init__(self) -> None:
+        self.calls = self.added = 0
+        self.sum: Tensor | None = None
+
+    def add(self, grad_CV: Tensor, hidden_CH: Tensor) -> Tensor | None:
+        """The sum, once all calls have added to it."""
+        if self.sum is None:
+            self.sum = grad_CV.T @ hidden_CH
+        else:
+            self.sum.addmm_(grad_CV.T, hidden_CH)
+        self.added += 1
+        if self.added < self.calls:
+            return None
+        total, self.sum, self.added = self.sum, None, 0  # a graph may run backward again
+        return total
+
+
+class _TokenScores(torch.autograd.Function):
+    """Log-probabilities of tokens; entropies and which are the most likely, without gradient, or None.
+
+    `cross_entropy` makes a third copy of the logits. Here it is the probabilities alone, which become the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature_C: Tensor | None, entropy: bool, greedy: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        scaled_CV = logits_CV if temperature_C is None else logits_CV / temperature_C[:, None]
+        probs_CV = scaled_CV.softmax(-1)
+        # The largest probability is never close to 0, so its logarithm is as exact as that of the sum.
+        logsumexp_C = scaled_CV.amax(-1) - probs_CV.amax(-1).log()
+        logprobs_C = scaled_CV.gather(-1, target_C[:, None]).squeeze(-1) - logsumexp_C
+        greedy_C = scaled_CV.argmax(-1) == target_C if greedy else None
+        entropy_C = torch.special.entr(probs_CV).sum(-1) if entropy else None
+        ctx.save_for_backward(probs_CV, target_C, temperature_C)
+        ctx.mark_non_differentiable(*(scores for scores in (entropy_C, greedy_C) if scores is not None))
+        return logprobs_C, entropy_C, greedy_C
+
+    @staticmethod
+    def backward(ctx: Any, grad_C: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        probs_CV, target_C, temperature_C = ctx.saved_tensors
+        scale_C = grad_C if temperature_C is None else grad_C / temperature_C
+        # In place: the checkpoint around makes them again, and without one a second pass is an error of autograd's.
+        of_logits_CV = probs_CV.mul_(-scale_C[:, None])
+        return of_logits_CV.scatter_add_(-1, target_C[:, None], scale_C[:, None]), None, None, None, None
+
+
+class _SummingLinear(torch.autograd.Function):
+    """``nn.functional.linear`` of ``[..., H]``; with the weight's gradient in `gradient`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight_VH: Tensor, bias_V: Tensor | None, gradient: _WeightGradient
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight_VH)
+        ctx.gradient, ctx.biased = gradient, bias_V is not None
+        return linear(hidden, weight_VH, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        hidden, weight_VH = ctx.saved_tensors
+        grad_CV = grad.flatten(0, -2)
+        of_bias = grad_CV.sum(0) if ctx.biased else None
+        return grad @ weight_VH, ctx.gradient.add(grad_CV, hidden.flatten(0, -2)), of_bias, None
 
 
 @contextmanager

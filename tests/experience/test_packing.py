@@ -69,7 +69,7 @@ def test_the_row_of_the_module_docstring() -> None:
     assert batch.column.tolist() == [2, 3, 2, 5, 6, 2]  # the prompt's last token predicts every first token
     assert batch.trajectory.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.position.tolist() == [0, 1, 0, 1, 2, 0]
-    visible = batch.attention_mask(torch.float32, "sdpa")[0, 0]
+    visible = batch.visible()[0, 0]
     assert visible[8].nonzero().flatten().tolist() == [0, 1, 2, 8]
     assert visible[6].nonzero().flatten().tolist() == [0, 1, 2, 5, 6]
     assert visible[1].nonzero().flatten().tolist() == [0, 1]
@@ -136,9 +136,7 @@ def test_every_policy_token_is_there_once_within_the_budget(
             at = len(trajectories[t].prompt.token_ids) + k
             assert target == full[at]
             assert batch.position_ids[r, c] == at - 1
-            sees = (
-                batch.attention_mask(torch.float32, "sdpa")[r, 0, c] if share else torch.arange(batch.row.numel()) < 0
-            )
+            sees = batch.visible()[r, 0, c] if share else torch.arange(batch.row.numel()) < 0
             if share:  # the tokens it sees are exactly those before it in its own sequence
                 assert batch.input_ids[r][sees].tolist() == list(full[:at])
     assert seen == {(i, k) for i, t in enumerate(trajectories) for k in range(len(t.mask))}
@@ -323,7 +321,7 @@ def test_the_block_mask_is_that_of_torch_without_its_dense_matrix(groups: list[t
     for batch in pack(trajectories, 2000):
         (rows, length), got = batch.input_ids.shape, batch.attention_mask(torch.float32, "flex_attention")
         dense = create_mask(got.mask_mod, rows, 1, length, length, device="cpu")
-        assert torch.equal(dense, batch.attention_mask(torch.float32, "sdpa"))
+        assert torch.equal(dense, batch.visible())
         expected = create_block_mask(got.mask_mod, rows, None, length, length, device="cpu")
         assert got.shape == expected.shape
         assert torch.equal(got.to_dense(), expected.to_dense())

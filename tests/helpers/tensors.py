@@ -19,3 +19,19 @@ class LargestTensor(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.numel = max([self.numel, *sizes])
         return result
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts the results of one shape that are neither views nor one of the operation's own arguments."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.shape == self.shape:
+                self.count += leaf.untyped_storage().data_ptr() not in given
+        return result

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tensors import LargestTensor
+from tensors import LargestTensor, NewTensors
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -106,7 +106,7 @@ def naive(model: nn.Module, temperature: float = 1.0, trajectories: list[Traject
     """log_softmax of the full logits of one sequence at a time."""
     result = []
     for t in trajectories:
-        logits = model(input_ids=torch.tensor([t.prompt.token_ids + t.completion.token_ids])).logits[0].float()
+        logits = model(input_ids=torch.tensor([t.prompt.token_ids + t.completion.token_ids])).logits[0]
         logprobs = (logits / temperature).log_softmax(-1)[len(t.prompt.token_ids) - 1 : -1]
         result.append(logprobs.gather(-1, torch.tensor(t.completion.token_ids)[:, None])[:, 0])
     return torch.cat(result)
@@ -223,6 +223,38 @@ def test_no_logits_wait_for_the_backward_pass() -> None:
         logprobs = completion_logprobs(model, batch, chunk_size=4).logprobs
     assert kept and VOCAB not in kept
     logprobs.sum().backward()
+
+
+def test_the_heads_gradient_is_summed_in_one_tensor() -> None:
+    vocab, width = 400, 16
+    model = llama(vocab_size=vocab, hidden_size=width, intermediate_size=width)
+    many = [trajectory([1, 2], list(range(3, 35)), g) for g in range(4)]
+    (batch,) = pack(many, 1000)
+    logprobs = completion_logprobs(model, batch, chunk_size=16).logprobs
+    with NewTensors(vocab, width) as new:
+        logprobs.sum().backward()
+    assert new.count == 2  # the other is that of the input embeddings
+
+
+def test_a_graph_that_runs_backward_twice_gives_twice_the_gradient() -> None:
+    model = llama(tie_word_embeddings=True)
+    naive(model).sum().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = ours(model, chunk_size=3).sum()
+    total.backward(retain_graph=True)
+    total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * expected[name], atol=1e-4, rtol=1e-4)
+
+
+def test_the_improbable_is_as_exact_as_the_probable() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 30  # probabilities down to e^-200
+    exact = naive(model.double())
+    assert exact.min() < -100
+    torch.testing.assert_close(ours(model.float()), exact.float(), atol=1e-4, rtol=1e-5)
 
 
 def test_hooks_of_the_model_run_once_and_its_forward_is_restored() -> None:
