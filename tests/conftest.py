@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,28 +61,36 @@ def _run_ranks(
         "OMP_NUM_THREADS": "1",
         **(env or {}),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, args)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
     deadline = time.monotonic() + timeout
-    results = []
-    for process in processes:
-        try:
-            output, errors = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                if other.poll() is None:
-                    os.killpg(other.pid, signal.SIGKILL)
-            output, errors = process.communicate()
-        results.append(RankResult(process.returncode, output, errors))
+    with contextlib.ExitStack() as files:
+        # Files, since a rank that fills a pipe while another is waited for would hold up both.
+        outputs = [
+            [files.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")] for _ in range(world_size)
+        ]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, args)],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+            for rank, (stdout, stderr) in enumerate(outputs)
+        ]
+        for process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                for other in processes:
+                    if other.poll() is None:
+                        os.killpg(other.pid, signal.SIGKILL)
+                process.wait()
+        for file in itertools.chain(*outputs):
+            file.seek(0)
+        results = [
+            RankResult(process.returncode, stdout.read(), stderr.read())
+            for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+        ]
     if check and any(r.returncode for r in results):
         tails = "\n".join(f"--- rank {k}: exit {r.returncode}\n{r.stderr[-3000:]}" for k, r in enumerate(results))
         pytest.fail(f"{script.name} {args}\n{tails}")
