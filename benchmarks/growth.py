@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["time", "memory"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--groups", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--groups", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--completion", type=int, default=64, help="mean tokens of a completion")
     parser.add_argument("--layers", type=int, default=8)

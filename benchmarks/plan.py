@@ -55,6 +55,7 @@ RUNS: dict[str, Planned] = {
     "long passes": replace(BASE, prompts=2, completion_tokens=448, token_budget=4096),
     "kl reference": replace(BASE, kl_coef=0.1),
     "lora": replace(BASE, lora_rank=16),
+    "qlora": replace(BASE, lora_rank=16, quantization="nf4"),
     "fsdp": replace(BASE, strategy="lightrft_fsdp", gpus=2),
     "zero1": replace(BASE, strategy="lightrft_deepspeed_stage_1", gpus=2),
     "zero2": replace(BASE, strategy="lightrft_deepspeed_stage_2", gpus=2),
@@ -74,7 +75,7 @@ def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def worker(wanted: Planned) -> dict[str, float]:
+def worker(wanted: Planned, folder: Path) -> dict[str, float]:
     import lightning.pytorch as pl
     import torch
 
@@ -108,21 +109,27 @@ def worker(wanted: Planned) -> dict[str, float]:
             return self._phase("training", super()._train_on, *args)
 
     draw = random.Random(0)
+    model: Any = build(wanted if wanted.quantization is None else replace(wanted, lora_rank=0, quantization=None))
+    settings: dict[str, Any] = {}
+    if wanted.quantization is not None:  # such a model is loaded from a folder
+        settings = {"lora": {"r": wanted.lora_rank}, "quantization": wanted.quantization}
+        model.save_pretrained(folder)
+        model = str(folder)
     module = Phases(
-        build(wanted), lambda completion: draw.random(), char_tokenizer(),
+        model, lambda completion: draw.random(), char_tokenizer(),
         SamplingParams(n=wanted.n, max_new_tokens=wanted.completion_tokens), kl_coef=wanted.kl_coef, seed=1,
         token_budget=wanted.token_budget, gradient_checkpointing=wanted.gradient_checkpointing,
-        **({"advantage_estimator": "gae", "critic": {}} if wanted.critic else {}),
+        **settings, **({"advantage_estimator": "gae", "critic": {}} if wanted.critic else {}),
     )  # fmt: skip
     rows = [
         Prompt(tuple(draw.choices(range(2, 12), k=wanted.prompt_tokens)), "")
         for _ in range(2 * wanted.prompts * wanted.gpus)
     ]
-    settings = {} if wanted.gpus == 1 else {"devices": wanted.gpus}
+    devices = {} if wanted.gpus == 1 else {"devices": wanted.gpus}
     trainer = pl.Trainer(
         strategy=wanted.strategy, accelerator="cpu", max_epochs=1, limit_train_batches=2, logger=False,
         callbacks=[TransformersRollout()], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **settings,
+        enable_model_summary=False, **devices,
     )  # fmt: skip
     trainer.fit(module, make_dataloader(rows, wanted.prompts))
     return {name: max(values) / 1e6 for name, values in peaks.items()}
@@ -185,7 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.worker:
-        args.out.write_text(json.dumps(worker(planned(args.worker, args.small))))
+        args.out.write_text(json.dumps(worker(planned(args.worker, args.small), args.out.with_suffix(".model"))))
     elif args.predict:
         phases = predict(planned(args.predict, args.small)).phases
         totals = {phase.name: phase.total / 1e6 for phase in phases} | {"process": phases[0].parts["process"] / 1e6}

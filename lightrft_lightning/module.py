@@ -38,6 +38,7 @@ from lightrft_lightning.metrics import (
 from lightrft_lightning.models.layers import checkpoint_activations, compile_layers
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
+from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
 from lightrft_lightning.rewards import Rewards
 
 if TYPE_CHECKING:
@@ -116,6 +117,10 @@ class RLHFModule(Update):
         attn_implementation: of the policy, as in `load_model`. ``auto``: ``flex_attention`` on CUDA, if it gives the
             log-probabilities of a dense mask there, which is looked at once; otherwise ``sdpa``, or what a model object
             has. If ``flex_attention`` is named and does not give them, that is an error.
+        lora: train LoRA matrices around the linear layers in place of the weights: settings of `peft.LoraConfig`;
+            ``{}``: rank 16 around all but the output head. The reference is then the model without them.
+        quantization: ``nf4``: with `lora`, the weights under the matrices in four bits (QLoRA; extra `qlora`), in one
+            process or under ZeRO-1 and 2. Exported and sent to engines they are numbers of full precision again.
         gradient_checkpointing: keep only the inputs of the decoder layers of policy and critic for the backward pass,
             which computes them a second time: less memory, a third more work.
         compile: `torch.compile` these layers for training and scoring passes; generation stays as it is. The first pass
@@ -175,6 +180,8 @@ class RLHFModule(Update):
         token_budget: int = 8192,
         share_prompts: bool = True,
         attn_implementation: str = "auto",
+        lora: dict[str, Any] | None = None,
+        quantization: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         pass_threshold: float = 1.0,
@@ -234,6 +241,7 @@ class RLHFModule(Update):
         self.epochs_per_rollout, self.steps_per_epoch = epochs_per_rollout, steps_per_epoch
         self.token_budget, self.share_prompts = token_budget, share_prompts
         self.attn_implementation = attn_implementation
+        self.lora, self.quantization = lora, quantization
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile  # `compile` is a method of every module
         self.pass_threshold = pass_threshold
@@ -256,6 +264,7 @@ class RLHFModule(Update):
             raise ValueError("max_turns, max_length and the reward 'environment' need RLHFModule(environment=...)")
         self.rewards = rewards
         self._source: Any = None if isinstance(model, nn.Module) else model
+        check_adapters(model, lora, quantization)
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
@@ -504,6 +513,8 @@ class RLHFModule(Update):
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
         if self.compile_layers and (problem := self.strategy.compile_problem()) is not None:
             raise ValueError(f"RLHFModule(compile=True): {problem}")
+        if self.quantization and (problem := self.strategy.quantization_problem()) is not None:
+            raise ValueError(f"quantization={self.quantization!r}: {problem}")
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
             raise ValueError(
@@ -537,12 +548,16 @@ class RLHFModule(Update):
     def configure_model(self) -> None:
         kernel = "" if self.attn_implementation == "auto" else self.attn_implementation
         if self.actor is None:
-            # Without a trainer this is `load_from_checkpoint`.
+            # Without a trainer this is `load_from_checkpoint`. Adapters have names that no folder has to stream from.
             alone = self._trainer is None
-            with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
-                self.actor = load_model(self._source, attn_implementation=kernel or "sdpa").train()
+            with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=self.lora is None):
+                self.actor = load_model(
+                    self._source, attn_implementation=kernel or "sdpa", quantization=self.quantization
+                ).train()
         elif kernel:
             find_causal_lm(self.actor).set_attn_implementation(kernel)
+        if self.lora is not None and not has_adapters(self.actor):  # a second fit calls this again
+            self.actor = add_lora(self.actor, self.lora, self.seed)
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):

@@ -23,7 +23,6 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.engines.base import EngineError
-from lightrft_lightning.engines.lora import active_adapter, layers, matrices
 from lightrft_lightning.engines.weight_sync import (
     Bucket,
     EngineWithCopy,
@@ -38,6 +37,7 @@ from lightrft_lightning.engines.weight_sync import (
 )
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
+from lightrft_lightning.models.lora import active_adapter, layers, matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

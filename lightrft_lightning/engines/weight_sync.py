@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning.callbacks.rollout import RolloutCallback
-from lightrft_lightning.engines import lora
 from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.models import lora
+from lightrft_lightning.models.quantized import dequantized
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
@@ -68,7 +69,7 @@ class PolicyWeights:
                 self._aliases.setdefault(first[parameter], []).append(name)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        tensors: Iterator[tuple[str, Tensor]] = self.strategy.named_full_tensors(self.model)
+        tensors = dequantized(self.model, self.strategy.named_full_tensors(self.model))
         if lora.has_adapters(self.model):
             tensors = lora.merged(self.model, tensors) if self._with_adapter else lora.without(self.model, tensors)
         for name, tensor in tensors:

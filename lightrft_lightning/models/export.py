@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning.models.quantized import dequantized, is_quantized, plain_config
 
 
 def hugging_face_part(model: nn.Module) -> Any:
@@ -32,16 +33,22 @@ def save_pretrained(model: nn.Module, tokenizer: Any, output_dir: Path, *, merge
     """Write the Hugging Face part of `model`, whose parameters must be whole, and the tokenizer."""
     inner = hugging_face_part(model)
     if merge_lora and hasattr(inner, "merge_and_unload"):
-        inner = copy.deepcopy(inner).merge_and_unload()  # a copy: training goes on with the adapters
+        # A copy, as training goes on with the adapters; of full precision, as four bits would round them away.
+        inner = _unquantized(inner) if is_quantized(inner) else copy.deepcopy(inner)
+        inner = inner.merge_and_unload()
     inner.save_pretrained(output_dir, safe_serialization=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(output_dir)
 
 
+def _unquantized(inner: Any) -> Any:
+    return whole_copy(inner, {name: t.detach() for name, t in dequantized(inner, inner.named_parameters())})
+
+
 def save_without_weights(model: Any, tokenizer: Any, folder: str) -> None:
     """What an engine needs to build a model but for its weights: configuration, tokenizer, the tokens that end."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = copy.deepcopy(inner.config)
+    config = plain_config(inner.config)
     config.architectures = config.architectures or [_unsharded_class(inner).__name__]  # unset until a model is saved
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -58,7 +65,7 @@ def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     """
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     with torch.device("meta"):
-        made: Any = _unsharded_class(base)(copy.deepcopy(base.config))
+        made: Any = _unsharded_class(base)(plain_config(base.config))
     made.generation_config = getattr(base, "generation_config", None)
     if base is not inner:
         made = _with_adapters(made, inner)

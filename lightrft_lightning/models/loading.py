@@ -19,6 +19,7 @@ import torch
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.models.attention import FLEX, prefers_flex
+from lightrft_lightning.models.quantized import keep_layout, quantization_config
 from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
@@ -45,7 +46,11 @@ MODEL_SOURCES: Registry[ModelSource | Callable[..., Source]] = Registry("model")
 
 
 def load_model(
-    source: Source, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model.
 
@@ -57,6 +62,8 @@ def load_model(
         attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa``, ``eager`` and
             ``flex_attention`` (see `models.attention`). ``auto``: the last where there are CUDA devices and the model's
             class has it, otherwise ``sdpa``.
+        quantization: ``nf4``: the weights of the linear layers in four bits, for LoRA around them; not for models that
+            code makes.
 
     Inside a strategy's `init_model_context(meta_init=True)` the weights of a folder are left out; `prepare` streams
     them in once the model is sharded.
@@ -67,20 +74,23 @@ def load_model(
         ImportError: the extra that reads this kind of model is missing.
     """
     if attn_implementation == "auto":
-        model = load_model(source, dtype=dtype)
+        model = load_model(source, dtype=dtype, quantization=quantization)
         if prefers_flex(model, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
             model.set_attn_implementation(FLEX)
         return model
     found = made_or_found(source)
     if not isinstance(found, str):
+        if quantization is not None:
+            raise ValueError(f"quantization={quantization!r}: model={source!r} is made by code, and small")
         with parameters_on_meta(False):
             made: Any = found.model()
         made.set_attn_implementation(attn_implementation)
         return made.to(dtype)
-    if building_on_meta() and (empty := _without_weights(found, dtype, attn_implementation)) is not None:
+    streamed = building_on_meta() and quantization is None
+    if streamed and (empty := _without_weights(found, dtype, attn_implementation)) is not None:
         return empty
     with parameters_on_meta(False):
-        return _from_pretrained(found, dtype, attn_implementation)
+        return _from_pretrained(found, dtype, attn_implementation, quantization)
 
 
 def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel | None:
@@ -93,17 +103,25 @@ def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -
     return model if can_stream(model, Path(found)) else None
 
 
-def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+def _from_pretrained(
+    found: str, dtype: torch.dtype, attn_implementation: str, quantization: str | None
+) -> PreTrainedModel:
     auto = import_extra("transformers", "hf").AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if quantization is not None:
+        device = torch.get_default_device()
+        more = {"quantization_config": quantization_config(quantization, device), "device_map": {"": device}}
     try:
         model, report = auto.from_pretrained(
-            found, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
+            found, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **more
         )
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
     if report["missing_keys"]:  # Transformers would leave them at random and only warn
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
+    if quantization is not None:
+        keep_layout(model)
     return model
 
 

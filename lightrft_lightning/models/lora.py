@@ -1,11 +1,70 @@
-"""LoRA models on their way to an engine: merged into their base weights, or as an adapter beside them."""
+"""LoRA: put around a model by settings, and merged into its base weights, or taken out, for engines and files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning.models.quantized import QUANTIZATIONS
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+"""What `add_lora` takes where nothing else is said; the output head is none of these modules."""
+
+
+def check_adapters(model: Any, lora: Mapping[str, Any] | None, quantization: str | None) -> None:
+    """Refuse what cannot be done to `model`, a source of `load_model` or a model object, before it is loaded.
+
+    Raises:
+        ValueError: settings that are unknown, or do not go together or with the model.
+    """
+    if quantization is not None:
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(unknown_name("quantization", quantization, QUANTIZATIONS))
+        if isinstance(model, nn.Module):
+            raise ValueError(f"quantization={quantization!r} with a model object: pass the folder that it came from")
+        if lora is None:
+            raise ValueError(f"quantization={quantization!r}: these weights cannot be trained; add lora={{}}")
+    if lora is None:
+        return
+    if has_adapters(model):
+        raise ValueError(f"lora={dict(lora)!r}: the model has adapters already, leave lora out")
+    known = [field.name for field in dataclasses.fields(import_extra("peft", "hf").LoraConfig)]
+    for name in lora:
+        if name not in known:
+            raise ValueError(f"lora={dict(lora)!r}: {unknown_name('setting of peft.LoraConfig', name, known)}")
+    _lora_config(lora)
+
+
+def add_lora(model: Any, settings: Mapping[str, Any], seed: int) -> Any:
+    """`model` with LoRA matrices around its linear layers; nothing else is trained.
+
+    Args:
+        model: a Hugging Face causal language model.
+        settings: of `peft.LoraConfig`; what is not there is taken from `LORA`.
+        seed: of the matrices, which must be the same on all ranks.
+
+    Raises:
+        ValueError: PEFT refuses the settings.
+    """
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            return import_extra("peft", "hf").get_peft_model(model, _lora_config(settings))
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"lora={dict(settings)!r}: {err}") from err
+
+
+def _lora_config(settings: Mapping[str, Any]) -> Any:
+    try:
+        return import_extra("peft", "hf").LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **settings})
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"lora={dict(settings)!r}: {err}") from err
 
 
 def has_adapters(model: Any) -> bool:

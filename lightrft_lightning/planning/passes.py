@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.models.layers import checkpoint_activations
+from lightrft_lightning.models.lora import layers
 from lightrft_lightning.planning.settings import PRECISIONS, Planned
 from lightrft_lightning.strategies.fsdp import blocks
 
@@ -65,6 +66,10 @@ class Sizes:
     """Of one block."""
     largest: int
     """Of one trained parameter."""
+    adapted: int
+    """Of the layers around which there are adapters, without these."""
+    largest_adapted: int
+    """Of one such layer."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,11 @@ def sizes_of(model: nn.Module) -> Sizes:
     inside = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     count = sum(p.numel() for p in model.parameters())
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return Sizes(count, sum(trained), count - sum(inside), max(inside, default=0), max(trained, default=0))
+    adapted = [layer.base_layer.weight.numel() for layer in layers(model).values()]
+    return Sizes(
+        count, sum(trained), count - sum(inside), max(inside, default=0), max(trained, default=0),
+        sum(adapted), max(adapted, default=0),
+    )  # fmt: skip
 
 
 def passes_of(planned: Planned, model: Any, batch: PackedBatch, score: Callable[[Any, PackedBatch], Tensor]) -> Passes:

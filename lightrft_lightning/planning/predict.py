@@ -284,6 +284,10 @@ class _Model:
 
 def _under_strategy(planned: Planned, sizes: Sizes, passes: Passes, count: int, frozen: bool = False) -> _Model:
     strategy: Any = get_strategy(planned.strategy)
+    if planned.quantization is not None:
+        # To compute with them a layer's weights are made whole for a moment.
+        whole = 4.0 * sizes.largest_adapted
+        passes = Passes(*(value + whole for value in dataclasses.astuple(passes)))
     low = planned.precision != "32-true"
     trained = 0 if frozen else sizes.trained
     # With several passes, those of the passes before stay while one runs.
@@ -295,7 +299,17 @@ def _under_strategy(planned: Planned, sizes: Sizes, passes: Passes, count: int, 
     if isinstance(strategy, DeepspeedStrategy):
         return _under_zero(planned, strategy.config, sizes, passes, trained)
     training = passes.first if count == 1 else several
-    return _Model(4 * sizes.all, 8 * trained, 0, 0, passes.scoring, training, 4 * trained)
+    return _Model(_weights(planned, sizes, 4), 8 * trained, 0, 0, passes.scoring, training, 4 * trained)
+
+
+_FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight of NF4: blocks of 64 have a scale of eight bits, blocks of 256 of these one in fp32."""
+
+
+def _weights(planned: Planned, sizes: Sizes, size: int) -> float:
+    """Bytes of all weights, if those in full precision have `size`."""
+    quantized = sizes.adapted if planned.quantization is not None else 0
+    return size * (sizes.all - quantized) + _FOUR_BITS * quantized
 
 
 def _under_fsdp(sizes: Sizes, passes: Passes, shard: float, trained: int, count: int, size: int) -> _Model:
@@ -328,7 +342,7 @@ def _under_zero(planned: Planned, config: StrategyConfig, sizes: Sizes, passes: 
         gradients = 4 * trained if config.zero_stage == 1 else part
         waiting = bucket if planned.accelerator == "gpu" else 0
         return _Model(
-            weights=size * sizes.all + part,
+            weights=_weights(planned, sizes, size) + part,
             optimizer=2 * part,
             gathered=0,
             whole=0,

@@ -11,7 +11,9 @@ import torch
 
 from lightrft_lightning import algorithms
 from lightrft_lightning._errors import import_extra, unknown_name
-from lightrft_lightning.strategies.factory import available_strategies
+from lightrft_lightning.models.lora import LORA
+from lightrft_lightning.models.quantized import QUANTIZATIONS
+from lightrft_lightning.strategies.factory import available_strategies, get_strategy
 
 ENGINES = ("transformers", "vllm", "sglang", "remote")
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -37,6 +39,7 @@ class Planned:
         kl_coef: above 0: there is a reference.
         critic: whether there is one, with a trunk of its own.
         lora_rank: of adapters on all linear layers; 0: all weights are trained.
+        quantization: see `RLHFModule`; None: full precision.
         gradient_checkpointing: see `RLHFModule`.
         engine: ``transformers``; ``vllm`` or ``sglang`` on the same device; ``remote``: on others.
         engine_sleeps: whether such an engine gives its memory back between rollouts (``sleep_level``).
@@ -60,6 +63,7 @@ class Planned:
     kl_coef: float = 0.0
     critic: bool = False
     lora_rank: int = 0
+    quantization: str | None = None
     gradient_checkpointing: bool = False
     engine: str = "transformers"
     engine_sleeps: bool = False
@@ -83,6 +87,14 @@ class Planned:
             )
         if self.kl_coef < 0 or self.lora_rank < 0:
             raise ValueError(f"kl_coef={self.kl_coef}, lora_rank={self.lora_rank}: must be 0 or more")
+        if self.quantization is not None:
+            if self.quantization not in QUANTIZATIONS:
+                raise ValueError(unknown_name("quantization", self.quantization, QUANTIZATIONS))
+            problem: Any = get_strategy(self.strategy).quantization_problem()  # type: ignore[attr-defined]
+            if not self.lora_rank:
+                problem = "these weights cannot be trained; say --lora_rank"
+            if problem is not None:
+                raise ValueError(f"quantization={self.quantization!r}: {problem}")
 
 
 def of_config(path: Path) -> dict[str, Any]:
@@ -111,6 +123,8 @@ def of_config(path: Path) -> dict[str, Any]:
         "prompt_tokens": data.get("max_prompt_length"), "completion_tokens": sampling.get("max_new_tokens"),
         "token_budget": module.get("token_budget"), "share_prompts": module.get("share_prompts"), "steps": steps,
         "kl_coef": chosen["kl_coef"], "critic": chosen["critic"] is not None,
+        "lora_rank": None if module.get("lora") is None else module["lora"].get("r", LORA["r"]),
+        "quantization": module.get("quantization"),
         "gradient_checkpointing": module.get("gradient_checkpointing"), "engine": _engine_of(trainer),
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None and value != "auto"}

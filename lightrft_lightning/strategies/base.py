@@ -298,6 +298,10 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         """Why the layers of a model cannot be compiled with `torch.compile` here; None if they can."""
         return None
 
+    def quantization_problem(self) -> str | None:
+        """Why a model with quantized weights cannot be trained here; None if it can."""
+        return None
+
     def init_model_context(self, meta_init: bool = False) -> contextlib.AbstractContextManager[Any]:
         """Where to build a large model.
 

@@ -129,6 +129,12 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
             return None
         return "ZeRO-3 gathers the weights of every single module in hooks, which cannot be compiled; take FSDP2"
 
+    @override
+    def quantization_problem(self) -> str | None:
+        if self.config.zero_stage < 3:
+            return None
+        return "ZeRO-3 shards the weights, which cannot be done in four bits; take ZeRO-2"
+
     @property
     def zero_stage_3(self) -> bool:
         """Whether parameters are sharded; Lightning's model summary asks."""

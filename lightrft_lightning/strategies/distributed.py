@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.models.export import hugging_face_part, save_pretrained, whole_copy
+from lightrft_lightning.models.quantized import dequantized
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.failures import START_TIMEOUT, watch_ranks
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, set_deadline, start_process_group
@@ -196,7 +197,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         """As in `StrategyBase`, on all ranks together; the first one collects the weights in CPU memory and writes."""
         inner = hugging_face_part(model)
         weights = {}
-        for name, tensor in self.named_full_tensors(inner):
+        for name, tensor in dequantized(inner, self.named_full_tensors(inner)):
             if self.is_rank_0():
                 weights[name] = tensor.to("cpu", copy=True)
         problem: Exception | None = None

@@ -143,6 +143,10 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         """
         return parameters_on_meta() if meta_init else contextlib.nullcontext()
 
+    @override
+    def quantization_problem(self) -> str | None:
+        return "FSDP2 shards the weights, which cannot be done in four bits; take strategy='lightrft_deepspeed_stage_2'"
+
     # ---------------------------------------------------------------- a Trainer's module
 
     @override

@@ -22,7 +22,8 @@ def even_digits(completion: str) -> float:
 def make_module(**settings):
     dropout = settings.pop("dropout", 0.0)
     model = settings.pop("model", None) or tiny_llama(seed=settings.pop("model_seed", 0), width=32, layers=2)
-    model.config.attention_dropout = dropout
+    if not isinstance(model, str):
+        model.config.attention_dropout = dropout
     defaults = {
         "rewards": even_digits,
         "tokenizer": char_tokenizer("0123456789+= "),

@@ -20,10 +20,13 @@ from training import make_data, make_module, make_trainer
 
 from lightrft_lightning.algorithms import AGGREGATIONS, PRESETS
 from lightrft_lightning.environments import Environment, Observation
+from lightrft_lightning.models.tiny import tiny_llama
 
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
 FOLDER, STRATEGY = Path(sys.argv[1]), sys.argv[2]
 RANKS = int(os.environ["WORLD_SIZE"])
+MODEL = str(FOLDER / f"model of rank {os.environ['RANK']}")
+tiny_llama(seed=0, width=64, layers=2).save_pretrained(MODEL)  # with a process group, only rank 0 would write
 OWN, SHARED = {"lr": 2e-3, "warmup_iterations": 1}, {"lr": 2e-3, "share_trunk": True}
 
 
@@ -41,6 +44,7 @@ def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **se
     """Tokens of all ranks by prompt, weights of policy and critic, before and after the iterations, and metrics."""
     module = make_module(**{"sampling": {"n": 3, "max_new_tokens": 6}, "steps_per_epoch": 2, **settings})
     module.configure_model()
+    names = {name for name, p in module.named_parameters() if p.requires_grad}
     before = torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
     trainer = make_trainer(
         FOLDER, engine=engine(), strategy=strategy, devices=ranks, limit_train_batches=iterations, limit_val_batches=0
@@ -50,8 +54,13 @@ def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **se
     assert all(t.group % ranks == trainer.global_rank and t.prompt.text for t in module.last_trajectories)
     tokens = {t.group: t.completion.token_ids for t in module.last_trajectories}
     tokens = {group: ids for rank in trainer.strategy.gather_objects(tokens) for group, ids in rank.items()}
-    trained = [m for m in (module.actor, module.critic) if m is not None]
-    after = [value.flatten().clone() for m in trained for _, value in trainer.strategy.named_full_tensors(m)]
+    trained = [(m, part) for m, part in ((module.actor, "actor."), (module.critic, "critic.")) if m is not None]
+    after = [
+        value.flatten().clone()
+        for model, part in trained
+        for name, value in trainer.strategy.named_full_tensors(model)
+        if part + name in names
+    ]
     return tokens, before, torch.cat(after), trainer.logged_metrics
 
 
@@ -106,6 +115,19 @@ def check_recomputed_and_compiled_layers():
             assert_independent_of_ranks(**settings)
         else:
             assert_independent_of_ranks(**settings, compile=True)
+
+
+def check_lora_by_settings():
+    assert_independent_of_ranks(model=MODEL, lora={"r": 4}, kl_coef=0.1)
+
+
+def check_weights_in_four_bits():
+    settings = {"model": MODEL, "lora": {"r": 4}, "quantization": "nf4", "kl_coef": 0.1}
+    if STRATEGY.endswith(("fsdp", "stage_3")):
+        with checks.unwatched(), pytest.raises(ValueError, match=r"quantization='nf4': \S+ shards the weights"):
+            train(STRATEGY, RANKS, **settings)
+    else:
+        assert_independent_of_ranks(**settings)
 
 
 def check_flex_attention():

@@ -1,0 +1,65 @@
+"""Base weights in four bits, under LoRA (QLoRA, arXiv 2305.14314), through bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightrft_lightning._errors import import_extra
+
+QUANTIZATIONS = ("nf4",)
+"""What `load_model` takes as ``quantization``."""
+
+
+def quantization_config(quantization: str, device: torch.device) -> Any:
+    """What `from_pretrained` takes for weights in four bits and their scales in eight, computed with on `device`."""
+    import_extra("bitsandbytes", "qlora")
+    import_extra("accelerate", "qlora")
+    return import_extra("transformers", "hf").BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+    )
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from packing weights anew on a CPU with AVX-512, at the first pass in eval mode.
+
+    Through that layout no gradient flows, and it is never undone for training.
+    """
+    for _, layer in _quantized_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some of its weights are in four bits."""
+    return any(True for _ in _quantized_layers(model))
+
+
+def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            yield name, module
+
+
+def dequantized(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of `model` by name, those in four bits as numbers again, in the dtype that they had."""
+    states = {f"{name}.weight": module.weight.quant_state for name, module in _quantized_layers(model)}
+    for name, tensor in tensors:
+        if name in states:
+            functional = import_extra("bitsandbytes.functional", "qlora")
+            tensor = functional.dequantize_4bit(tensor.detach(), states[name]).to(states[name].dtype)
+        yield name, tensor
+
+
+def plain_config(config: Any) -> Any:
+    """A copy of a model's config that says nothing of quantized weights."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

@@ -1,0 +1,116 @@
+"""`RLHFModule(lora=..., quantization=...)`: what is trained, exported, sent to engines and resumed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from training import Record, StopAt, assert_same, make_data, make_module, make_trainer, weights_of
+from transformers import AutoModelForCausalLM
+
+from lightrft_lightning.engines.remote import RemoteRollout
+from lightrft_lightning.engines.weight_sync import PolicyWeights
+from lightrft_lightning.models.quantized import is_quantized
+from lightrft_lightning.models.tiny import tiny_llama
+
+QLORA = {"lora": {"r": 4}, "quantization": "nf4"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama(seed=0, width=64, layers=2).save_pretrained(path)
+    return str(path)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 13)[None]).logits
+
+
+def fit(path, module, engine=None, max_epochs=1, ckpt_path=None, stop=None):
+    record = Record()
+    checkpoint = ModelCheckpoint(path, save_last=True, save_top_k=0, every_n_train_steps=1)
+    trainer = make_trainer(path, engine=engine, callbacks=[record, checkpoint, StopAt(stop)], max_epochs=max_epochs)
+    trainer.fit(module, make_data(), ckpt_path=ckpt_path)
+    return trainer, record
+
+
+@pytest.mark.parametrize("settings", [{"lora": {}}, QLORA])
+def test_adapters_alone_are_trained_and_the_exported_model_computes_the_same(tmp_path, folder, settings):
+    module = make_module(model=folder, kl_coef=0.1, **settings)
+    module.configure_model()
+    before = weights_of(module)
+    trainer, record = fit(tmp_path, module)
+    changed = {name for name, p in weights_of(module).items() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".lora_" in name} and len(changed) == 2 * 7 * 2  # matrices, layers
+    assert module.reference is None and record.metrics[-1]["train/kl"] > 0
+    trainer.strategy.save_model(module.actor, module.tokenizer, tmp_path / "merged")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not is_quantized(exported) and not hasattr(exported.config, "quantization_config")
+    torch.testing.assert_close(logits(exported), logits(module.actor.eval()), atol=1e-4, rtol=1e-4)
+    assert (logits(exported) - logits(AutoModelForCausalLM.from_pretrained(folder))).abs().max() > 1e-3
+
+
+def test_weights_in_four_bits_take_less_memory_and_are_sent_in_full_precision(folder):
+    quantized, plain = (make_module(model=folder, **settings) for settings in (QLORA, {"lora": {"r": 4}}))
+    sizes = []
+    for module in (quantized, plain):
+        module.configure_model()
+        layers = [p for name, p in module.actor.named_parameters() if "base_layer" in name]
+        sizes.append(sum(p.numel() * p.element_size() for p in layers))
+    assert sizes[1] == 8 * sizes[0]
+    trainer = make_trainer(folder)
+    sent = {name: t.clone() for name, t in PolicyWeights(trainer.strategy, quantized.actor)}
+    original = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    assert original.keys() <= sent.keys()
+    for name, tensor in original.items():
+        assert sent[name].shape == tensor.shape and sent[name].dtype == torch.float32
+        # Half of the widest gap between two of NF4's numbers is 0.152 of a block's largest.
+        assert (sent[name] - tensor).abs().max() <= 0.16 * tensor.abs().max(), name
+
+
+def test_an_engine_in_another_process_computes_with_the_numbers_that_the_trainer_has(tmp_path, folder):
+    _, record = fit(tmp_path, make_module(model=folder, **QLORA), engine=RemoteRollout(engine="transformers"))
+    assert record.metrics[-1]["train/policy_version"] == 3
+    assert max(m["train/mismatch_max"] for m in record.metrics) < 1e-3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, folder):
+    whole = make_module(model=folder, **QLORA)
+    fit(tmp_path / "whole", whole)
+    fit(tmp_path / "parts", make_module(model=folder, **QLORA), stop=2)
+    resumed = make_module(model=folder, **QLORA)
+    fit(tmp_path / "parts", resumed, ckpt_path=str(tmp_path / "parts" / "last.ckpt"))
+    assert resumed.iteration == 4
+    assert_same(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "nf4"}, r"quantization='nf4': these weights cannot be trained; add lora=\{\}"),
+        ({"quantization": "nf5", "lora": {}}, "unknown quantization 'nf5'. Did you mean 'nf4'"),
+        ({"lora": {"rank": 4}}, r"lora=\{'rank': 4\}: unknown setting of peft.LoraConfig 'rank'"),
+        ({"lora": {"r": 0}}, r"lora=\{'r': 0\}: "),
+    ],
+)
+def test_settings_that_are_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_module(model=folder, **settings).configure_model()
+
+
+def test_model_objects_and_made_models_are_not_quantized():
+    with pytest.raises(ValueError, match="quantization='nf4' with a model object: pass the folder"):
+        make_module(**QLORA)
+    with pytest.raises(ValueError, match="model='tiny-llama' is made by code"):
+        make_module(model="tiny-llama", **QLORA).configure_model()
+
+
+def test_a_model_with_adapters_takes_no_further_ones():
+    module = make_module(lora={"r": 2})
+    module.configure_model()
+    assert isinstance(module.actor, nn.Module)
+    with pytest.raises(ValueError, match=r"lora=\{'r': 2\}: the model has adapters already"):
+        make_module(model=module.actor, lora={"r": 2})
