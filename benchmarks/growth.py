@@ -3,7 +3,7 @@
 Groups of 8 completions of fixed lengths after prompts of a fixed length, on a model of SmolLM2-135M's shape with fewer
 layers, fp32, forward and backward of a policy-gradient loss.
 
-    python benchmarks/growth.py time        # 1k to 16k packed tokens, in one pass each
+    python benchmarks/growth.py time        # 1k to 16k packed tokens, in passes of at most 4096 and in one pass
     python benchmarks/growth.py memory      # more and more groups within one token budget, a process each
 
 The FLOPs are those that the tokens need: 6 a weight and token of the decoder layers (prompts count once), 6 a weight
@@ -90,34 +90,34 @@ def time_a_token(args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = {}
     for tokens in args.tokens:
         trajectories = groups(max(1, round(tokens / per_group)), args)
-        cases[tokens] = pack(trajectories, 2 * tokens, row_length=per_group)
-    seconds: dict[int, list[float]] = {tokens: [] for tokens in cases}
-    shares: dict[int, list[float]] = {tokens: [] for tokens in cases}
-    matrix_product(square), gradient_step(model, cases[args.tokens[0]])  # warm up
+        for budget in (args.token_budget, 2 * tokens):
+            batches = pack(trajectories, budget, row_length=per_group)
+            cases[tokens, len(batches)] = batches
+    seconds: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    shares: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    first = next(iter(cases))
+    matrix_product(square), gradient_step(model, cases[first])  # warm up
     for _ in range(args.rounds):
-        for tokens, batches in cases.items():
+        for case, batches in cases.items():
             before = matrix_product(square)
             took = gradient_step(model, batches)
             peak = (before + matrix_product(square)) / 2
-            seconds[tokens].append(took)
-            shares[tokens].append(useful_flops(model, batches) / took / peak)
-    first = median(seconds[args.tokens[0]]) / sum(b.num_tokens for b in cases[args.tokens[0]])
-    rows = []
-    for tokens, batches in cases.items():
-        packed = sum(b.num_tokens for b in batches)
-        each = median(seconds[tokens]) / packed
-        rows.append(
-            {
-                "packed tokens": packed,
-                "passes": len(batches),
-                "seconds": median(seconds[tokens]),
-                "spread": spread(seconds[tokens]),
-                "ms a token": 1000 * each,
-                "against the first": each / first,
-                "share of the matrix product": median(shares[tokens]),
-            }
-        )
-    return rows
+            seconds[case].append(took)
+            shares[case].append(useful_flops(model, batches) / took / peak)
+    packed = {case: sum(b.num_tokens for b in batches) for case, batches in cases.items()}
+    each = {case: median(seconds[case]) / packed[case] for case in cases}
+    return [
+        {
+            "packed tokens": packed[case],
+            "passes": case[1],
+            "seconds": median(seconds[case]),
+            "spread": spread(seconds[case]),
+            "ms a token": 1000 * each[case],
+            "against the first": each[case] / each[first],
+            "share of the matrix product": median(shares[case]),
+        }
+        for case in cases
+    ]
 
 
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,7 +139,9 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=64, help="mean tokens of a completion")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument(
+        "--token-budget", type=int, help="tokens of a pass, at most; default: 4096 for time, 2048 for memory"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -147,6 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    args.token_budget = args.token_budget or {"time": 4096, "memory": 2048}[args.what]
     if args.one is not None:
         gradient_step(build_model(args), pack(groups(args.one, args), args.token_budget))
         print(peak_rss_mb())
