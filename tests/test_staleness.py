@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import threading
 import time
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -174,6 +176,25 @@ def test_with_a_server_the_result_is_the_same(tmp_path):
     assert record.tokens == seen.tokens
     for name, value in weights_of(module).items():
         assert torch.allclose(value, weights_of(expected)[name], atol=1e-5), name
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="no two CPUs to choose from"
+)
+def test_its_server_and_the_trainer_share_the_cpus(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            self.trainer, self.server = torch.get_num_threads(), os.sched_getaffinity(engine._server.pid)
+
+    engine, look = RemoteRollout(engine="transformers", deadline=60.0), Look()
+    before, cpus = torch.get_num_threads(), sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(len(cpus))
+    try:
+        fit(tmp_path, engine, look, trainer={"limit_train_batches": 1})
+        assert torch.get_num_threads() == len(cpus)  # again
+    finally:
+        torch.set_num_threads(before)
+    assert look.trainer == len(cpus) // 2 and look.server == set(cpus[len(cpus) // 2 :])
 
 
 def test_what_a_server_that_died_owes_is_asked_for_again(tmp_path, monkeypatch, caplog):

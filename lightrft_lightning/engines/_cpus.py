@@ -41,3 +41,13 @@ def take_cpus(cpus: set[int]) -> None:
         raise ValueError(f"cpus={sorted(cpus)}: this process may not use them ({err})") from err
     os.environ["OMP_NUM_THREADS"] = str(len(cpus))  # for processes that it starts
     torch.set_num_threads(len(cpus))
+
+
+def halves() -> tuple[int, str] | None:
+    """Of the CPUs that this process may use: the number that it keeps, and the others, for `parse_cpus`.
+
+    None where there is one only, or nobody can choose.
+    """
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    kept = len(cpus) // 2
+    return (kept, ",".join(map(str, cpus[kept:]))) if kept else None

@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines._client import ServerFault, SessionClient, Unreachable
-from lightrft_lightning.engines._cpus import parse_cpus
+from lightrft_lightning.engines._cpus import halves, parse_cpus
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines.base import EngineError
@@ -50,8 +52,9 @@ class RemoteRollout(ServedRollout):
         engine_args: the engine's arguments; the data type is the trainer's unless it is given here,
         port: to listen on; 0: a free one, and
         log_file: gets the server's output.
-        cpus: those that a server of its own computes on, like ``0-3,6``, so that it and a trainer on the others do not
-            take turns (`staleness=1` without a GPU); None: all.
+        cpus: those that a server of its own computes on, like ``0-3,6``. None: all; with ``staleness=1`` and without a
+            GPU half of them, and the trainer computes with as many threads as there are others: on the same CPUs the
+            two would wait for each other.
         retries: how often a call is repeated.
         settings: see `EngineWithCopy`. `deadline` is for each HTTP call as a whole; a server of its own has at least
             five minutes to start. For a `sleep_level` above 0, a server that runs already must have been started with
@@ -79,7 +82,7 @@ class RemoteRollout(ServedRollout):
                 raise ValueError(
                     f"cpus={cpus!r} with url={url!r}: start that server with `lightrft serve --cpus {cpus}`"
                 )
-        self.cpus = cpus
+        self.cpus, self._threads = cpus, 0
         if engine not in wire.HOSTED:
             raise ValueError(unknown_name("engine", engine, wire.HOSTED))
         super().__init__(url, key, engine, engine_args, port, log_file, retries, **settings)
@@ -87,6 +90,23 @@ class RemoteRollout(ServedRollout):
         self._limit = 0
 
     # ---------------------------------------------------------------- life
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        beside = getattr(pl_module, "staleness", 0) and trainer.state.fn == TrainerFn.FITTING
+        if beside and trainer.world_size == 1 and pl_module.device.type == "cpu" and self.url is None:
+            parts = halves()
+            if self.cpus is None and not self._connected and parts is not None:
+                self._threads, (kept, self.cpus) = torch.get_num_threads(), parts
+                torch.set_num_threads(min(self._threads, kept))
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def close(self) -> None:
+        super().close()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+            self.cpus, self._threads = None, 0
 
     @override
     def _reach(self) -> str | None:
