@@ -38,7 +38,7 @@ class StrategyConfig:
     Example:
         >>> config = StrategyConfig(max_norm=0.5, micro_train_batch_size=4, train_batch_size=8)
         >>> print(config.summary())
-        StrategyConfig, 3 of 45 fields differ from the defaults:
+        StrategyConfig, 3 of 47 fields differ from the defaults:
           max_norm = 0.5 (default 1.0)
           micro_train_batch_size = 4 (default 1)
           train_batch_size = 8 (default 128)
@@ -76,6 +76,8 @@ class StrategyConfig:
     fsdp: bool = False
     fsdp_cpu_offload: bool = False
     adam_offload: bool = False
+    adam_8bit: bool = False
+    """`create_optimizer` makes an AdamW whose moments take 2 bytes a weight in place of 8 (bitsandbytes)."""
     zpg: int = 1
     """Ranks of one parameter-sharding group (hybrid sharding); 1 shards over all ranks."""
     grad_accum_dtype: str | None = None
@@ -188,6 +190,10 @@ class StrategyConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: no back end of this package has it; leave it out")
         if self.fsdp_cpu_offload and not self.fsdp:
             raise ValueError("fsdp_cpu_offload=True needs fsdp=True (DeepSpeed's offload is adam_offload=True)")
+        if self.adam_8bit and self.adam_offload:
+            raise ValueError(
+                "adam_8bit=True with adam_offload=True: the moments are either small or elsewhere, set one"
+            )
         if self.reward_running_norm_minus_mean and not self.reward_running_norm:
             raise ValueError("reward_running_norm_minus_mean=True needs reward_running_norm=True")
         if self.advantages_norm and self.advantage_estimator in ("group_norm", "cpgd", "reinforce_plus_plus"):

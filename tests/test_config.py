@@ -26,6 +26,7 @@ FIELDS = {
     "fsdp": False,
     "fsdp_cpu_offload": False,
     "adam_offload": False,
+    "adam_8bit": False,
     "zpg": 1,
     "grad_accum_dtype": None,
     "overlap_comm": False,
@@ -292,10 +293,10 @@ def test_copies_of_a_config_without_args(make):
 
 
 def test_summary_lists_what_differs():
-    assert StrategyConfig().summary() == "StrategyConfig, 0 of 46 fields differ from the defaults:"
+    assert StrategyConfig().summary() == "StrategyConfig, 0 of 47 fields differ from the defaults:"
     config = StrategyConfig.from_args({"max_norm": 0.5, "seed": 42, "mine": "x"})
     assert config.summary().splitlines() == [
-        "StrategyConfig, 1 of 46 fields differ from the defaults:",
+        "StrategyConfig, 1 of 47 fields differ from the defaults:",
         "  max_norm = 0.5 (default 1.0)",
         "  mine = 'x' (extra)",
     ]

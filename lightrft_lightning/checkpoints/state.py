@@ -20,9 +20,10 @@ from lightrft_lightning.checkpoints.folder import CheckpointError
 
 _IMPLEMENTATION = {
     "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "bias_correction",
-    "adamw_mode", "initial_lr",
+    "adamw_mode", "initial_lr", "alpha", "t_alpha", "t_beta3",
 }  # fmt: skip
-"""Settings of an optimizer group that say how it is computed, or that a scheduler has added."""
+"""Settings of an optimizer group that say how it is computed, that a scheduler has added, or that
+AdamW does not read (bitsandbytes)."""
 
 # -------------------------------------------------------------------- models
 

@@ -17,8 +17,8 @@ QUANTIZATIONS = ("nf4",)
 
 def quantization_config(quantization: str, device: torch.device) -> Any:
     """What `from_pretrained` takes for weights in four bits and their scales in eight, computed with on `device`."""
-    import_extra("bitsandbytes", "qlora")
-    import_extra("accelerate", "qlora")
+    import_extra("bitsandbytes", "bitsandbytes")
+    import_extra("accelerate", "bitsandbytes")
     return import_extra("transformers", "hf").BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -52,7 +52,7 @@ def dequantized(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iter
     states = {f"{name}.weight": module.weight.quant_state for name, module in _quantized_layers(model)}
     for name, tensor in tensors:
         if name in states:
-            functional = import_extra("bitsandbytes.functional", "qlora")
+            functional = import_extra("bitsandbytes.functional", "bitsandbytes")
             tensor = functional.dequantize_4bit(tensor.detach(), states[name]).to(states[name].dtype)
         yield name, tensor
 

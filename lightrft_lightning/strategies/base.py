@@ -31,6 +31,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
+from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
 
@@ -213,14 +214,14 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         weight_decay: float | None = None,
         **kwargs: Any,
     ) -> Optimizer:
-        """Fused AdamW over the trainable parameters; no weight decay on biases and norms.
+        """Fused AdamW over the trainable parameters, of 8 bits with ``adam_8bit``; no weight decay on biases and norms.
 
         Args:
             model: the model to train. If `prepare` froze it, it is trainable again.
             lr: learning rate; default `config.actor_learning_rate`.
             betas: default `config.adam_betas`.
             weight_decay: default `config.l2`.
-            **kwargs: further keywords of `torch.optim.AdamW`.
+            **kwargs: further keywords of `torch.optim.AdamW`, or of `bitsandbytes.optim.AdamW8bit`.
 
         Raises:
             ValueError: the model has no trainable parameter.
@@ -236,8 +237,11 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         if not groups:
             raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to optimize")
         lr = self.config.actor_learning_rate if lr is None else lr
-        kwargs.setdefault("fused", True)
-        known.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas or self.config.adam_betas, **kwargs)
+        kwargs |= {"lr": lr, "betas": betas or self.config.adam_betas}
+        if self.config.adam_8bit:
+            known.optimizer = adamw_8bit(groups, **kwargs)
+        else:
+            known.optimizer = torch.optim.AdamW(groups, **{"fused": True, **kwargs})
         return known.optimizer
 
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:

@@ -30,6 +30,7 @@ from lightrft_lightning.checkpoints.foreign import ForeignState, Source, open_fo
 from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
 from lightrft_lightning.checkpoints.store import Content, Ranks, Stored, StoredState
 from lightrft_lightning.config import StrategyConfig
+from lightrft_lightning.strategies._adam_8bit import full_moments
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -225,9 +226,10 @@ class Checkpoints:
         if scheduler is not None:
             shared["scheduler"] = scheduler.state_dict()
         if optimizer is not None:
-            moments = self._optimizer_tensors(model, optimizer)
+            with full_moments(optimizer):
+                moments = self._optimizer_tensors(model, optimizer)
+                scalars = self._optimizer_scalars(model, optimizer)
             tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
-            scalars = self._optimizer_scalars(model, optimizer)
             shared["optimizer"] = {"scalars": scalars, "groups": self._optimizer_settings(model, optimizer)}
         header = {**self._header(model, self.optimizer_steps), "data": client.get("consumed_samples")}
         return Content(tensors, shared, {"rng": rng_state()}, header)
@@ -248,10 +250,9 @@ class Checkpoints:
         module = self.lightning_module
         assert module is not None
         raw = getattr(optimizer, "optimizer", optimizer)
-        return {
-            "state": {**self._optimizer_tensors(module, raw), **self._optimizer_scalars(module, raw)},
-            "param_groups": self._optimizer_settings(module, raw),
-        }
+        with full_moments(raw):
+            values = {**self._optimizer_tensors(module, raw), **self._optimizer_scalars(module, raw)}
+        return {"state": values, "param_groups": self._optimizer_settings(module, raw)}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
@@ -418,9 +419,10 @@ class Checkpoints:
         self, model: nn.Module, optimizer: Optimizer, moments: StoredState, groups: list[dict[str, Any]]
     ) -> None:
         infos = moments.tensors()
-        targets = self._optimizer_tensors(model, optimizer, infos)
-        moments.read_into({name: target for name, target in targets.items() if name in infos})
-        self._set_optimizer_scalars(model, optimizer, moments.plain())
+        with full_moments(optimizer, change=True):
+            targets = self._optimizer_tensors(model, optimizer, infos)
+            moments.read_into({name: target for name, target in targets.items() if name in infos})
+            self._set_optimizer_scalars(model, optimizer, moments.plain())
         self._set_optimizer_settings(model, optimizer, groups)
         self._optimizer_loaded(model, optimizer)
 
