@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KL_PLACES = ("loss", "reward")
 REWARD_NORMS = ("none", "scale", "full")
 SHORT_BATCHES = ("train", "error")
+OFFLOADS = ("none", "optimizer", "all")
 BY_TOKEN = ("reinforce", "reinforce_plus_plus", "gae")
 """Advantage estimators that look at single tokens."""
 ONE_CALL = "what is sampled ahead is sampled in one call of the engine; leave one of them out"
@@ -68,6 +69,7 @@ class Settings(pl.LightningModule):
     token_budget: int
     share_prompts: bool
     attn_implementation: str
+    offload: str
     gradient_checkpointing: bool
     compile_layers: bool
     pass_threshold: float
@@ -94,6 +96,7 @@ class Settings(pl.LightningModule):
             ("kl_in", self.kl_in, KL_PLACES),
             ("reward_norm", self.reward_norm, REWARD_NORMS),
             ("short_batch", self.short_batch, SHORT_BATCHES),
+            ("offload", self.offload, OFFLOADS),
         ):
             if name not in valid:
                 raise ValueError(unknown_name(kind, name, valid))
@@ -174,6 +177,11 @@ class Settings(pl.LightningModule):
         for name in ("dynamic_sampling", "first_token_temperature"):
             if self.staleness and getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} with staleness={self.staleness}: {ONE_CALL}")
+        if self.staleness and self.offload != "none":
+            raise ValueError(
+                f"offload={self.offload!r} with staleness={self.staleness}: training goes on beside every rollout, "
+                "leave one of them out"
+            )
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError(f"kl_target={self.kl_target!r} needs a kl_coef above 0 to begin with")
         self._check_sampling()

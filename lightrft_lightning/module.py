@@ -7,10 +7,11 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -119,8 +120,11 @@ class RLHFModule(Update):
             has. If ``flex_attention`` is named and does not give them, that is an error.
         lora: train LoRA matrices around the linear layers in place of the weights: settings of `peft.LoraConfig`;
             ``{}``: rank 16 around all but the output head. The reference is then the model without them.
-        quantization: ``nf4``: with `lora`, the weights under the matrices in four bits (QLoRA; extra `qlora`), in one
-            process or under ZeRO-1 and 2. Exported and sent to engines they are numbers of full precision again.
+        quantization: ``nf4``: with `lora`, the weights under the matrices in four bits (QLoRA; extra
+            `bitsandbytes`), in one process or under ZeRO-1 and 2. Exported and sent to engines they are numbers of full
+            precision again.
+        offload: what moves to CPU memory while the engine generates, on a GPU: ``none``, ``optimizer`` (its state) or
+            ``all`` (also policy, critic and reference, if the engine has weights of its own).
         gradient_checkpointing: keep only the inputs of the decoder layers of policy and critic for the backward pass,
             which computes them a second time: less memory, a third more work.
         compile: `torch.compile` these layers for training and scoring passes; generation stays as it is. The first pass
@@ -182,6 +186,7 @@ class RLHFModule(Update):
         attn_implementation: str = "auto",
         lora: dict[str, Any] | None = None,
         quantization: str | None = None,
+        offload: str = "none",
         gradient_checkpointing: bool = False,
         compile: bool = False,
         pass_threshold: float = 1.0,
@@ -242,6 +247,7 @@ class RLHFModule(Update):
         self.token_budget, self.share_prompts = token_budget, share_prompts
         self.attn_implementation = attn_implementation
         self.lora, self.quantization = lora, quantization
+        self.offload = offload
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile  # `compile` is a method of every module
         self.pass_threshold = pass_threshold
@@ -279,6 +285,7 @@ class RLHFModule(Update):
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
         self._rng_to_restore: dict[str, Any] | None = None
+        self._is_offloaded = False
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_add_frozen)
 
@@ -295,7 +302,7 @@ class RLHFModule(Update):
                 return
             learnable = sampled.trajectories
         elif self.dynamic_sampling:
-            with self.rollout_engine.awake():  # in between it could lose its weights
+            with self._offloaded(), self.rollout_engine.awake():  # in between it could lose its weights
                 sampled = self._sample(batch)
                 learnable = self._refilled(sampled, batch)
         else:
@@ -393,7 +400,7 @@ class RLHFModule(Update):
         hot = self.first_token_temperature if self.trainer.training else None
         if self.episodes is not None:
             self.episodes.prepare(self.tokenizer, prompts)
-        with engine.awake():
+        with self._offloaded(), engine.awake():
             for i, completions in (
                 stream_with_hot_start(engine, ids, sampling, numbers, hot)
                 if hot is not None
@@ -411,6 +418,32 @@ class RLHFModule(Update):
                         on_group(list(group))
         self.last_trajectories = [t for i in range(len(prompts)) for t in groups[i]]
         return self.last_trajectories
+
+    @contextlib.contextmanager
+    def _offloaded(self) -> Iterator[None]:
+        """What `offload` names is in CPU memory inside the outermost one."""
+        if self.offload == "none" or self._is_offloaded:
+            yield
+            return
+        models = [self.actor, self.reference, None if self._shares_trunk else self.critic]
+        moved = [m for m in models if m is not None] if self.offload == "all" else []
+        # Lightning evaluates in inference mode, whose tensors could not be trained afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            for optimizer in self.trainer.optimizers:
+                self.strategy.maybe_offload_optimizer(optimizer)
+            for model in moved:
+                self.strategy.offload_model(model)
+        torch.cuda.empty_cache()  # for an engine that is another process
+        self._is_offloaded = True
+        try:
+            yield
+        finally:
+            self._is_offloaded = False
+            with torch.inference_mode(False), torch.no_grad():
+                for model in moved:
+                    self.strategy.reload_model(model)
+                for optimizer in self.trainer.optimizers:
+                    self.strategy.maybe_load_optimizer(optimizer)
 
     def _group_numbers(self, count: int, first: int = 0) -> list[int]:
         return [first + k * self.trainer.world_size + self.trainer.global_rank for k in range(count)]
@@ -524,6 +557,11 @@ class RLHFModule(Update):
         (engine,) = engines
         if self.staleness and stage == "fit":
             self._check_engine_generates_elsewhere(engine)
+        if self.offload == "all" and not engine.has_copy:
+            raise ValueError(
+                f"offload='all' with {type(engine).__name__}, which generates with the model in training: use "
+                "offload='optimizer', or another engine"
+            )
         temperatures = {
             "sampling.temperature": self.sampling.temperature,
             "val_sampling.temperature": self.val_sampling.temperature,

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import warnings
+from itertools import groupby
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from lightrft_lightning import (
     CheckpointError,
+    FakeStrategy,
     Rewards,
     RLHFModule,
     SamplingParams,
@@ -300,6 +302,52 @@ def test_the_engine_sleeps_once_an_iteration_however_often_it_samples(tmp_path):
     trainer.fit(module, make_data(batch_size=2))
     iterations = engine.calls.replace("w", "").split("s")
     assert len(iterations) == 3 and all(len(calls) > 1 for calls in iterations[:2]), engine.calls
+
+
+@pytest.mark.parametrize("dynamic_sampling", [False, True])
+def test_what_is_offloaded_is_away_during_rollouts_only(tmp_path, monkeypatch, dynamic_sampling):
+    calls = []
+
+    def record(method, then):
+        def recorded(self, what):
+            calls.append(("off " if "offload" in method else "on ") + type(what).__name__)
+            then(self, what)
+
+        monkeypatch.setattr(FakeStrategy, method, recorded)
+
+    for method in ("maybe_offload_optimizer", "maybe_load_optimizer", "offload_model", "reload_model"):
+        record(method, getattr(FakeStrategy, method))
+
+    class Engine(TransformersRollout):
+        has_copy = True
+
+        def generate(self, *arguments):
+            calls.append("generate")
+            return super().generate(*arguments)
+
+    settings = {"kl_coef": 0.1, "rewards": sometimes, "dynamic_sampling": dynamic_sampling}
+    weights = {}
+    for offload in ("none", "optimizer", "all"):
+        calls.clear()
+        module = make_module(offload=offload, **settings)
+        trainer = make_trainer(tmp_path, engine=Engine(), limit_train_batches=2, limit_val_batches=1)
+        trainer.fit(module, make_data(batch_size=2))
+        weights[offload] = weights_of(module)
+        moved = {"none": [], "optimizer": ["AdamW"], "all": ["AdamW", "LlamaForCausalLM", "LlamaForCausalLM"]}[offload]
+        away, back = [f"off {name}" for name in moved], [f"on {name}" for name in [*moved[1:], *moved[:1]]]
+        rollouts = [list(group) for is_rollout, group in groupby(calls, "generate".__eq__) if is_rollout]
+        if moved:
+            # The sanity check of validation, two iterations, one validation.
+            assert len(rollouts) == 4 and any(len(group) > 1 for group in rollouts) == dynamic_sampling
+            between = [list(group) for is_rollout, group in groupby(calls, "generate".__eq__) if not is_rollout]
+            assert between == [away, *[back + away] * 3, back]
+    assert_same(weights["none"], weights["optimizer"])
+    assert_same(weights["none"], weights["all"])
+
+
+def test_the_policy_that_generates_is_not_offloaded(tmp_path):
+    with pytest.raises(ValueError, match="offload='all' with TransformersRollout, which generates with the model in"):
+        make_trainer(tmp_path).fit(make_module(offload="all"), make_data())
 
 
 def test_a_batch_that_cannot_be_filled(tmp_path, caplog):
@@ -615,6 +663,8 @@ def test_load_from_checkpoint(tmp_path):
         ({"algorithm": "dr_grpo", "reward_norm": "scale"}, "reward_norm='scale': it is group_norm without"),
         ({"algorithm": "reinforce", "dynamic_sampling": True}, "which does not compare the completions of a prompt"),
         ({"short_batch": "warn"}, "unknown short_batch 'warn'"),
+        ({"offload": "model"}, "unknown offload 'model'"),
+        ({"offload": "all", "staleness": 1}, "offload='all' with staleness=1"),
         ({"sampling_attempts": 0}, "sampling_attempts=0.*at least 1"),
         ({"first_token_temperature": 0.0}, "first_token_temperature=0.0.*above 0"),
         (

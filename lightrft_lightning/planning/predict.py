@@ -40,7 +40,7 @@ class Phase:
     """One part of an iteration.
 
     Attributes:
-        name: ``rollout``, ``scoring``, ``training`` or ``step``.
+        name: ``rollout``, ``scoring``, ``training``, ``step`` or ``sync`` (an engine that gets weights).
         parts: bytes on one rank while it needs the most, by what they are for.
         flops: that one rank computes.
         read: bytes of weights and cache that it reads for single tokens, which takes longer than computing them.
@@ -153,6 +153,15 @@ def predict(planned: Planned, machine: Machine = UNKNOWN) -> Plan:
         "training": {"passes": learnt},
         "step": {"passes": max(m.step for m in trained)},
     }
+    if planned.offload != "none" and planned.accelerator == "gpu":
+        weights = 0.0 if planned.offload == "all" else 1.0
+        needs["rollout"] |= {
+            "weights": weights * trained[0].weights,
+            "optimizer": 0.0,
+            "other models": weights * sum(m.weights for m in [*trained[1:], *frozen]),
+        }
+        if planned.engine in ("vllm", "sglang"):
+            needs["sync"] = {"engine": engine.held, "passes": 0.0}
     work = _work(planned, config, sizes, engine)
     phases = [Phase(name, always | parts, *work[name]) for name, parts in needs.items() if name in work]
     return Plan(planned, tuple(phases), machine)
@@ -172,7 +181,7 @@ def _work(planned: Planned, config: Any, sizes: Sizes, engine: _Engine) -> dict[
     scorings = (planned.steps > 1) + (planned.kl_coef > 0) + planned.critic
     if scorings:
         work["scoring"] = (update / 3 * scorings, 0.0)  # forward alone
-    return work | {"training": (update * (1 + planned.critic), 0.0), "step": (0.0, 0.0)}
+    return work | {"training": (update * (1 + planned.critic), 0.0), "step": (0.0, 0.0), "sync": (0.0, 0.0)}
 
 
 def _critic_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -206,6 +215,10 @@ def _changes(planned: Planned) -> Iterator[dict[str, Any]]:
         single.append({"token_budget": smaller})
     if not planned.gradient_checkpointing:
         single.append({"gradient_checkpointing": True})
+    if planned.offload == "none" and planned.accelerator == "gpu":
+        single.append({"offload": "optimizer" if planned.engine == "transformers" else "all"})
+    if not planned.adam_8bit:
+        single.append({"adam_8bit": True})
     more: dict[str, Any] = {"gpus": 2 * planned.gpus}
     if planned.strategy == "lightrft_fake":
         more = {"strategy": "lightrft_fsdp", **more}
@@ -284,6 +297,7 @@ class _Model:
 
 def _under_strategy(planned: Planned, sizes: Sizes, passes: Passes, count: int, frozen: bool = False) -> _Model:
     strategy: Any = get_strategy(planned.strategy)
+    moments = _MOMENTS_8BIT if planned.adam_8bit else 8
     if planned.quantization is not None:
         # To compute with them a layer's weights are made whole for a moment.
         whole = 4.0 * sizes.largest_adapted
@@ -295,13 +309,15 @@ def _under_strategy(planned: Planned, sizes: Sizes, passes: Passes, count: int, 
     if isinstance(strategy, FSDPV2Strategy):
         offloaded = strategy.config.fsdp_cpu_offload and planned.accelerator == "gpu"
         shard = 0 if offloaded else 1 / planned.gpus
-        return _under_fsdp(sizes, passes, shard, trained, count, 2 if low else 4)
+        return _under_fsdp(sizes, passes, shard, trained, moments, count, 2 if low else 4)
     if isinstance(strategy, DeepspeedStrategy):
-        return _under_zero(planned, strategy.config, sizes, passes, trained)
+        return _under_zero(planned, strategy.config, sizes, passes, trained, moments)
     training = passes.first if count == 1 else several
-    return _Model(_weights(planned, sizes, 4), 8 * trained, 0, 0, passes.scoring, training, 4 * trained)
+    return _Model(_weights(planned, sizes, 4), moments * trained, 0, 0, passes.scoring, training, 4 * trained)
 
 
+_MOMENTS_8BIT = 2 * (1 + 4 / 256)
+"""Bytes of both moments of a weight: of 256 numbers of eight bits, one scale in fp32."""
 _FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight of NF4: blocks of 64 have a scale of eight bits, blocks of 256 of these one in fp32."""
 
@@ -312,7 +328,9 @@ def _weights(planned: Planned, sizes: Sizes, size: int) -> float:
     return size * (sizes.all - quantized) + _FOUR_BITS * quantized
 
 
-def _under_fsdp(sizes: Sizes, passes: Passes, shard: float, trained: int, count: int, size: int) -> _Model:
+def _under_fsdp(
+    sizes: Sizes, passes: Passes, shard: float, trained: int, moments: float, count: int, size: int
+) -> _Model:
     # The root stays gathered through a pass. Beside a block in use there is the next one, which is being gathered, and
     # the buffer that its ranks' parts arrive in.
     gathered = size * (sizes.root + 3 * sizes.block)
@@ -320,7 +338,13 @@ def _under_fsdp(sizes: Sizes, passes: Passes, shard: float, trained: int, count:
     # Gradients are reduced in the last pass only; until then each rank has whole ones of its own.
     training = passes.freed + 4 * trained if count > 1 else passes.root_kept + 4 * trained * shard
     return _Model(
-        4 * sizes.all * shard, 8 * trained * shard, gathered, whole, passes.scoring, training, 4 * trained * shard
+        weights=4 * sizes.all * shard,
+        optimizer=moments * trained * shard,
+        gathered=gathered,
+        whole=whole,
+        scoring=passes.scoring,
+        training=training,
+        step=4 * trained * shard,
     )
 
 
@@ -330,7 +354,9 @@ _BUCKET = 2 * 10**8
 """Elements of `zero_config`'s ``reduce_bucket_size`` for a model that has more."""
 
 
-def _under_zero(planned: Planned, config: StrategyConfig, sizes: Sizes, passes: Passes, trained: int) -> _Model:
+def _under_zero(
+    planned: Planned, config: StrategyConfig, sizes: Sizes, passes: Passes, trained: int, moments: float
+) -> _Model:
     size = 4 if planned.precision == "32-true" else 2
     ranks, offloaded = planned.gpus, config.adam_offload and planned.accelerator == "gpu"
     # In fp32, too, DeepSpeed steps a copy of this rank's part of the weights.
@@ -343,7 +369,7 @@ def _under_zero(planned: Planned, config: StrategyConfig, sizes: Sizes, passes: 
         waiting = bucket if planned.accelerator == "gpu" else 0
         return _Model(
             weights=_weights(planned, sizes, size) + part,
-            optimizer=2 * part,
+            optimizer=moments / 4 * part,
             gathered=0,
             whole=0,
             scoring=passes.scoring,
@@ -353,7 +379,7 @@ def _under_zero(planned: Planned, config: StrategyConfig, sizes: Sizes, passes: 
     # This rank's part of the gradients and the bucket are allocated once and for all.
     return _Model(
         weights=size * sizes.all / ranks + part,
-        optimizer=3 * part + bucket,
+        optimizer=(moments / 4 + 1) * part + bucket,
         gathered=size * min(sizes.all, _LIVE),
         whole=size * sizes.all,
         scoring=passes.scoring,

@@ -11,6 +11,7 @@ import torch
 
 from lightrft_lightning import algorithms
 from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._settings import OFFLOADS
 from lightrft_lightning.models.lora import LORA
 from lightrft_lightning.models.quantized import QUANTIZATIONS
 from lightrft_lightning.strategies.factory import available_strategies, get_strategy
@@ -40,6 +41,8 @@ class Planned:
         critic: whether there is one, with a trunk of its own.
         lora_rank: of adapters on all linear layers; 0: all weights are trained.
         quantization: see `RLHFModule`; None: full precision.
+        adam_8bit: see `StrategyConfig`.
+        offload: see `RLHFModule`.
         gradient_checkpointing: see `RLHFModule`.
         engine: ``transformers``; ``vllm`` or ``sglang`` on the same device; ``remote``: on others.
         engine_sleeps: whether such an engine gives its memory back between rollouts (``sleep_level``).
@@ -64,6 +67,8 @@ class Planned:
     critic: bool = False
     lora_rank: int = 0
     quantization: str | None = None
+    adam_8bit: bool = False
+    offload: str = "none"
     gradient_checkpointing: bool = False
     engine: str = "transformers"
     engine_sleeps: bool = False
@@ -74,7 +79,7 @@ class Planned:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be at least 1")
         for name, allowed in {
             "strategy": tuple(available_strategies()), "accelerator": ("gpu", "cpu"), "precision": tuple(PRECISIONS),
-            "engine": ENGINES,
+            "engine": ENGINES, "offload": OFFLOADS,
         }.items():  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(name, str(getattr(self, name)), allowed))
@@ -87,10 +92,13 @@ class Planned:
             )
         if self.kl_coef < 0 or self.lora_rank < 0:
             raise ValueError(f"kl_coef={self.kl_coef}, lora_rank={self.lora_rank}: must be 0 or more")
+        if self.offload == "all" and self.engine == "transformers":
+            raise ValueError("offload='all' with engine='transformers', which generates with the model in training")
+        made: Any = get_strategy(self.strategy, adam_8bit=self.adam_8bit)
         if self.quantization is not None:
             if self.quantization not in QUANTIZATIONS:
                 raise ValueError(unknown_name("quantization", self.quantization, QUANTIZATIONS))
-            problem: Any = get_strategy(self.strategy).quantization_problem()  # type: ignore[attr-defined]
+            problem = made.quantization_problem()
             if not self.lora_rank:
                 problem = "these weights cannot be trained; say --lora_rank"
             if problem is not None:
@@ -117,7 +125,7 @@ def of_config(path: Path) -> dict[str, Any]:
     sampling = module.get("sampling") or {}
     steps = module.get("steps_per_epoch", 1) * module.get("epochs_per_rollout", 1)
     found = {
-        "model": module["model"], "strategy": trainer.get("strategy", "lightrft_fake"),
+        "model": module["model"], **_strategy_of(trainer), "offload": module.get("offload"),
         "accelerator": trainer.get("accelerator"), "gpus": trainer.get("devices"),
         "precision": trainer.get("precision"), "prompts": data.get("batch_size"), "n": sampling.get("n"),
         "prompt_tokens": data.get("max_prompt_length"), "completion_tokens": sampling.get("max_new_tokens"),
@@ -128,6 +136,21 @@ def of_config(path: Path) -> dict[str, Any]:
         "gradient_checkpointing": module.get("gradient_checkpointing"), "engine": _engine_of(trainer),
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None and value != "auto"}
+
+
+def _strategy_of(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The registered name of a strategy, or of what has a class's main settings."""
+    given = trainer.get("strategy", "lightrft_fake")
+    if not isinstance(given, Mapping):
+        return {"strategy": given}
+    settings, kind = given.get("init_args") or {}, str(given.get("class_path", "")).split(".")[-1]
+    offloaded = "_offload" if settings.get("adam_offload") or settings.get("fsdp_cpu_offload") else ""
+    names = {
+        "FakeStrategy": "lightrft_fake",
+        "FSDPV2Strategy": f"lightrft_fsdp{offloaded}",
+        "DeepspeedStrategy": f"lightrft_deepspeed_stage_{settings.get('zero_stage', 2)}{offloaded}",
+    }
+    return {"strategy": names.get(kind, kind), "adam_8bit": settings.get("adam_8bit")}
 
 
 def _engine_of(trainer: Mapping[str, Any]) -> str | None:

@@ -74,6 +74,27 @@ def test_an_engine_of_its_own_keeps_its_weights_unless_it_sleeps():
     assert parts("rollout", engine="remote")["passes"] == 0
 
 
+@pytest.mark.parametrize("strategy", ["lightrft_fake", "lightrft_fsdp", "lightrft_deepspeed_stage_2"])
+def test_moments_of_eight_bits_are_a_quarter(strategy):
+    full, small = (parts("training", strategy=strategy, adam_8bit=small)["optimizer"] for small in (False, True))
+    assert small == pytest.approx(full * 2.03 / 8, rel=0.01)
+
+
+def test_what_is_offloaded_is_away_from_a_gpu_during_rollouts():
+    settings = {"critic": True, "kl_coef": 0.1, "engine": "vllm", "engine_sleeps": True}
+    usual, moments, everything = (
+        predict(replace(PLANNED, offload=o, **settings)) for o in ("none", "optimizer", "all")
+    )
+    for plan in (moments, everything):
+        rollout, others = plan.phases[0], plan.phases[1:]
+        assert rollout.parts["optimizer"] == 0 and all(phase.parts["optimizer"] > 0 for phase in others)
+        assert others[-1].name == "sync" and others[-1].parts["engine"] == rollout.parts["engine"] > 0
+        assert plan.summary()
+    assert everything.phases[0].parts["weights"] == everything.phases[0].parts["other models"] == 0
+    assert moments.phases[0].parts["weights"] == usual.phases[0].parts["weights"]
+    assert predict(replace(PLANNED, offload="optimizer", accelerator="cpu")).phases[0].parts["optimizer"] > 0
+
+
 def test_what_is_said_to_fit_fits():
     plan = predict(replace(PLANNED, prompts=8, token_budget=2048), Machine(memory=120e6))
     assert plan.fits is False and "does NOT fit" in plan.summary()

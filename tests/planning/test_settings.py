@@ -18,6 +18,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
         ({"engine": "vlm"}, "engine.*'vlm'.*vllm"),
         ({"gpus": 2}, "gpus=2 with strategy='lightrft_fake', which is one process"),
         ({"token_budget": 100}, "token_budget=100: a prompt of 256 and a completion of 512 tokens do not fit"),
+        ({"offload": "model"}, "offload.*'model'.*optimizer"),
+        ({"offload": "all"}, "offload='all' with engine='transformers'"),
+        ({"quantization": "nf4"}, "quantization='nf4': these weights cannot be trained; say --lora_rank"),
+        ({"quantization": "nf4", "lora_rank": 8, "strategy": "lightrft_fsdp"}, "quantization='nf4': .* shards"),
+        ({"adam_8bit": True, "strategy": "lightrft_deepspeed_offload"}, "adam_8bit=True with adam_offload=True"),
         ({"kl_coef": -1.0}, r"kl_coef=-1\.0.*must be 0 or more"),
     ],
 )
@@ -43,6 +48,29 @@ def test_presets_bring_their_critic_and_penalty(tmp_path):
     (tmp_path / "run.yaml").write_text("model: {model: tiny-llama, rewards: last_number, algorithm: ppo, kl_coef: 0.1}")
     found = of_config(tmp_path / "run.yaml")
     assert found["critic"] and found["kl_coef"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("lightrft_fsdp", {"strategy": "lightrft_fsdp"}),
+        ("{class_path: FakeStrategy, init_args: {adam_8bit: true}}", {"strategy": "lightrft_fake", "adam_8bit": True}),
+        (
+            "{class_path: lightrft_lightning.FSDPV2Strategy, init_args: {fsdp_cpu_offload: true}}",
+            {"strategy": "lightrft_fsdp_offload"},
+        ),
+        (
+            "{class_path: DeepspeedStrategy, init_args: {zero_stage: 3}}",
+            {"strategy": "lightrft_deepspeed_stage_3"},
+        ),
+    ],
+)
+def test_a_strategy_is_known_by_its_class(tmp_path, written, expected):
+    run = f"model: {{model: tiny-llama, rewards: last_number}}\ntrainer: {{strategy: {written}, devices: 1}}"
+    (tmp_path / "run.yaml").write_text(run)
+    found = of_config(tmp_path / "run.yaml")
+    assert {name: found[name] for name in expected} == expected
+    Planned(**found)
 
 
 def test_refuses_other_files(tmp_path):
