@@ -1,4 +1,4 @@
-"""Whether `lightrft plan` predicts what a run needs: peak memory of ten runs against its predictions.
+"""Whether `lightrft plan` predicts what a run needs: peak memory of twelve runs against its predictions.
 
 Each run is two iterations of `RLHFModule` under a `Trainer` in processes of its own: prompts and completions of the
 longest length that the settings allow, random rewards, generation by the model itself. The measured number is the most
@@ -56,6 +56,7 @@ RUNS: dict[str, Planned] = {
     "kl reference": replace(BASE, kl_coef=0.1),
     "lora": replace(BASE, lora_rank=16),
     "qlora": replace(BASE, lora_rank=16, quantization="nf4"),
+    "adam 8 bits": replace(BASE, adam_8bit=True),
     "fsdp": replace(BASE, strategy="lightrft_fsdp", gpus=2),
     "zero1": replace(BASE, strategy="lightrft_deepspeed_stage_1", gpus=2),
     "zero2": replace(BASE, strategy="lightrft_deepspeed_stage_2", gpus=2),
@@ -79,7 +80,7 @@ def worker(wanted: Planned, folder: Path) -> dict[str, float]:
     import lightning.pytorch as pl
     import torch
 
-    from lightrft_lightning import RLHFModule, SamplingParams, TransformersRollout
+    from lightrft_lightning import RLHFModule, SamplingParams, TransformersRollout, get_strategy
     from lightrft_lightning.data import make_dataloader
     from lightrft_lightning.experience.trajectory import Prompt
     from lightrft_lightning.models.tiny import char_tokenizer
@@ -127,7 +128,8 @@ def worker(wanted: Planned, folder: Path) -> dict[str, float]:
     ]
     devices = {} if wanted.gpus == 1 else {"devices": wanted.gpus}
     trainer = pl.Trainer(
-        strategy=wanted.strategy, accelerator="cpu", max_epochs=1, limit_train_batches=2, logger=False,
+        strategy=get_strategy(wanted.strategy, adam_8bit=wanted.adam_8bit), accelerator="cpu",
+        max_epochs=1, limit_train_batches=2, logger=False,
         callbacks=[TransformersRollout()], enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, **devices,
     )  # fmt: skip
