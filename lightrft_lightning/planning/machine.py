@@ -67,7 +67,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 _EMPTY_RUN = """
-import random
+import {libraries}
 import lightning.pytorch as pl, torch
 from lightrft_lightning import RLHFModule, SamplingParams, TransformersRollout
 from lightrft_lightning.data import make_dataloader
@@ -87,7 +87,10 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 def process_bytes(planned: Planned) -> float:
     """Bytes that a process of this strategy has resident after a run of a model without size: libraries and code."""
-    code = _EMPTY_RUN.format(name=planned.strategy)
+    libraries = "random"
+    if planned.adam_8bit or planned.quantization is not None:
+        libraries += ", bitsandbytes" + ", accelerate" * (planned.quantization is not None)
+    code = _EMPTY_RUN.format(name=planned.strategy, libraries=libraries)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"a process of strategy={planned.strategy!r} does not start:\n{done.stderr[-2000:]}")
