@@ -69,6 +69,8 @@ class Settings(pl.LightningModule):
     token_budget: int
     share_prompts: bool
     attn_implementation: str
+    lora: dict[str, Any] | None
+    quantization: str | None
     offload: str
     gradient_checkpointing: bool
     compile_layers: bool
@@ -214,7 +216,7 @@ class Settings(pl.LightningModule):
                 "the trainer computes; train with top_p=1, top_k=0 and set them in val_sampling"
             )
 
-    def _save_hyperparameters(self, model: Any, rewards: Any, environment: Any) -> None:
+    def _save_hyperparameters(self, model: Any, rewards: Any, environment: Any, **more: Any) -> None:
         """Plain values only, so that a checkpoint can be read with `weights_only=True`."""
         plain = {
             "sampling": dataclasses.asdict(self.sampling),
@@ -232,6 +234,7 @@ class Settings(pl.LightningModule):
             "sampling_attempts", "short_batch", "overlong_buffer", "overlong_factor", "reward_norm", "reward_clip",
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
             "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "attn_implementation",
-            "gradient_checkpointing", "pass_threshold", "max_turns", "max_length", "seed",
+            "lora", "quantization", "offload", "gradient_checkpointing", "pass_threshold", "max_turns", "max_length",
+            "seed",
         )  # fmt: skip
-        self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}})
+        self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}, **more})

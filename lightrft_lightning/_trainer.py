@@ -28,6 +28,16 @@ def check_strategy(module: pl.LightningModule) -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
 
+def check_quantization(strategy: StrategyBase, quantization: str | None) -> None:
+    """For `setup`.
+
+    Raises:
+        ValueError: the strategy cannot train a model with such weights.
+    """
+    if quantization is not None and (problem := strategy.quantization_problem()) is not None:
+        raise ValueError(f"quantization={quantization!r}: {problem}")
+
+
 def with_lr_schedule(
     module: Any, model: Any, settings: Any, steps_per_batch: int = 1, idle_batches: int = 0
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lightrft_lightning import algorithms
 from lightrft_lightning._sampling import Ahead, Sampled, sampled_from_state, sampled_state
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._settings import ONE_CALL
-from lightrft_lightning._trainer import check_strategy, with_lr_schedule
+from lightrft_lightning._trainer import check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.state import set_rng_state
@@ -254,7 +254,9 @@ class RLHFModule(Update):
         self.max_turns, self.max_length = max_turns, max_length
         self.seed = global_seed() if seed is None else seed
         self._check_settings()
-        self._save_hyperparameters(model, rewards, environment)
+        self._save_hyperparameters(
+            model, rewards, environment, reward_deadline=reward_deadline, reward_on_error=reward_on_error
+        )
         if not isinstance(rewards, Rewards):
             rewards = "environment" if rewards is None else rewards
             rewards = Rewards(rewards, deadline=reward_deadline, on_error=reward_on_error)
@@ -546,8 +548,7 @@ class RLHFModule(Update):
             rank_zero_info(f"algorithm={self.algorithm!r}: {settings}")
         if self.compile_layers and (problem := self.strategy.compile_problem()) is not None:
             raise ValueError(f"RLHFModule(compile=True): {problem}")
-        if self.quantization and (problem := self.strategy.quantization_problem()) is not None:
-            raise ValueError(f"quantization={self.quantization!r}: {problem}")
+        check_quantization(self.strategy, self.quantization)
         engines = [c for c in self.trainer.callbacks if isinstance(c, RolloutCallback)]  # type: ignore[attr-defined]
         if len(engines) != 1:
             raise ValueError(

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightrft_lightning._seeds import global_seed
+from lightrft_lightning._trainer import check_quantization
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.models.loading import load_model
 from lightrft_lightning.models.logprobs import completion_logprobs
+from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
 from lightrft_lightning.supervised import Sums, SupervisedModule
 
 
@@ -29,6 +32,8 @@ class SFTModule(SupervisedModule):
             adapters or without.
         tokenizer: default: the one of `model`.
         answer_column: column with the answer.
+        lora: as for `RLHFModule`, like
+        quantization: is.
         **settings: see `SupervisedModule`.
 
     Raises:
@@ -42,15 +47,34 @@ class SFTModule(SupervisedModule):
     """
 
     def __init__(
-        self, model: Any = None, tokenizer: Any = None, answer_column: str = "answer", **settings: Any
+        self,
+        model: Any = None,
+        tokenizer: Any = None,
+        answer_column: str = "answer",
+        lora: dict[str, Any] | None = None,
+        quantization: str | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(model, tokenizer, **settings)
+        check_adapters(model, lora, quantization)
         self.completion_columns = (answer_column,)
-        self._save_hyperparameters(model, answer_column=answer_column)
+        self.lora, self.quantization = lora, quantization
+        self._save_hyperparameters(model, answer_column=answer_column, lora=lora, quantization=quantization)
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        check_quantization(self.strategy, self.quantization)
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.lora is not None and not has_adapters(self.model):  # a second fit calls this again
+            self.model = add_lora(self.model, self.lora, global_seed())
 
     @override
     def _load_model(self, source: Any) -> nn.Module:
-        return load_model(source)
+        return load_model(source, quantization=self.quantization)
 
     @override
     def _count(self, trajectories: Sequence[Trajectory]) -> int:

@@ -69,6 +69,8 @@ class SupervisedModule(pl.LightningModule):
 
     completion_columns: tuple[str, ...] = ()
     """Columns with the texts to learn from; `PromptDataModule` asks."""
+    lora: dict[str, Any] | None = None
+    """Settings of the adapters that `configure_model` puts around the model."""
 
     def __init__(
         self,
@@ -258,9 +260,9 @@ class SupervisedModule(pl.LightningModule):
     @override
     def configure_model(self) -> None:
         if self.model is None:
-            # Without a trainer this is `load_from_checkpoint`.
+            # Without a trainer this is `load_from_checkpoint`. Adapters have names that no folder has to stream from.
             alone = self._trainer is None
-            with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=True):
+            with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=self.lora is None):
                 self.model = self._load_model(self._source).train()
 
     @override

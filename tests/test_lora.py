@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -9,10 +10,11 @@ from torch import nn
 from training import Record, StopAt, assert_same, make_data, make_module, make_trainer, weights_of
 from transformers import AutoModelForCausalLM
 
+from lightrft_lightning import PromptDataModule, RLHFModule, SFTModule
 from lightrft_lightning.engines.remote import RemoteRollout
 from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models.quantized import is_quantized
-from lightrft_lightning.models.tiny import tiny_llama
+from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 QLORA = {"lora": {"r": 4}, "quantization": "nf4"}
 
@@ -85,6 +87,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, folder):
     fit(tmp_path / "parts", resumed, ckpt_path=str(tmp_path / "parts" / "last.ckpt"))
     assert resumed.iteration == 4
     assert_same(weights_of(resumed), weights_of(whole))
+
+
+def test_a_checkpoint_brings_its_own_weights_in_four_bits(tmp_path):
+    """Not those of the folder that they came from, which may hold others by then."""
+    tiny_llama(seed=0, width=64, layers=2).save_pretrained(tmp_path / "model")
+    module = make_module(model=str(tmp_path / "model"), **QLORA)
+    trainer, _ = fit(tmp_path, module)
+    trainer.save_checkpoint(tmp_path / "kept")
+    tiny_llama(seed=1, width=64, layers=2).save_pretrained(tmp_path / "model")
+    again = RLHFModule.load_from_checkpoint(
+        tmp_path / "kept", rewards="exact_match", tokenizer=char_tokenizer(), model=str(tmp_path / "model")
+    )
+    assert torch.equal(logits(again.actor.eval()), logits(module.actor.eval()))
+    resumed = make_module(model=str(tmp_path / "model"), **QLORA)
+    fit(tmp_path / "resumed", resumed, ckpt_path=str(tmp_path / "kept"))
+    assert torch.equal(logits(resumed.actor.eval()), logits(module.actor.eval()))
+
+
+@pytest.mark.parametrize("settings", [{"lora": {"r": 4}}, QLORA])
+def test_supervised_training_has_them_too(tmp_path, folder, settings):
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
+    module = SFTModule(folder, char_tokenizer(), lr=1e-2, **settings)
+    trainer = pl.Trainer(
+        strategy="lightrft_fake", accelerator="cpu", max_epochs=8, default_root_dir=tmp_path, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, PromptDataModule(train=rows, batch_size=2))
+    assert trainer.callback_metrics["train/loss"] < 2.0  # log(17) at the start
+    assert all(".lora_" in name for name, p in module.model.named_parameters() if p.requires_grad)
+    trainer.save_checkpoint(tmp_path / "kept")
+    again = SFTModule.load_from_checkpoint(tmp_path / "kept")
+    assert again.lora == settings["lora"] and torch.equal(logits(again.model.eval()), logits(module.model.eval()))
+    trainer.strategy.save_model(module.model, module.tokenizer, tmp_path / "merged")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(exported), logits(module.model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -623,6 +624,8 @@ def test_load_from_checkpoint(tmp_path):
     )
     assert_same(weights_of(module), weights_of(loaded))
     assert loaded.sampling == module.sampling
+    settings = inspect.signature(RLHFModule).parameters.keys() - {"tokenizer"}
+    assert settings == module.hparams.keys(), "every setting is in the checkpoint"
 
 
 # ---------------------------------------------------------------- errors before work starts

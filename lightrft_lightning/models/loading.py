@@ -19,7 +19,7 @@ import torch
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.models.attention import FLEX, prefers_flex
-from lightrft_lightning.models.quantized import keep_layout, quantization_config
+from lightrft_lightning.models.quantized import mend, quantization_config
 from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
@@ -121,7 +121,7 @@ def _from_pretrained(
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
     if quantization is not None:
-        keep_layout(model)
+        mend(model)
     return model
 
 

@@ -27,13 +27,24 @@ def quantization_config(quantization: str, device: torch.device) -> Any:
     )
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from packing weights anew on a CPU with AVX-512, at the first pass in eval mode.
-
-    Through that layout no gradient flows, and it is never undone for training.
-    """
+def mend(model: nn.Module) -> None:
+    """Make a model trainable on a CPU with AVX-512, and let `load_state_dict` read what `state_dict` writes."""
     for _, layer in _quantized_layers(model):
+        # At the first pass in eval mode bitsandbytes would pack weights anew, in a layout through which no gradient
+        # flows and which is never undone for training.
         layer.support_avx512bf16_for_cpu = False
+    model.register_load_state_dict_pre_hook(_load_scales)
+
+
+def _load_scales(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Bitsandbytes writes them beside the weights and does not read them."""
+    for name, layer in _quantized_layers(model):
+        start = f"{prefix}{name}.weight."
+        saved = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
+        if saved:
+            functional = import_extra("bitsandbytes.functional", "bitsandbytes")
+            layer.weight.quant_state = functional.QuantState.from_dict(saved, layer.weight.device)
+            layer.quant_state = layer.weight.quant_state
 
 
 def is_quantized(model: nn.Module) -> bool:
