@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from lightrft_lightning.checkpoints import folder, foreign, store
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import TEMPORARY, CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
+from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one safetensors file, unless a single tensor is larger."""
@@ -187,6 +188,10 @@ def _outputs(
     """The tensors to write, and what is known about the model that they make."""
     adapters = (described or {}).get("adapters")
     made = {name: (info, _reader(source, name)) for name, info in source.infos.items()}
+    if any(SCALES in name for name in made):
+        made = _dequantized(made)
+        config = {k: v for k, v in (described or {}).get("config", {}).items() if k != "quantization_config"}
+        described = {**(described or {}), "config": config}
     if adapters:
         made = _merged(made, adapters) if lora == "merge" else _adapter_only(made, adapters)
         described = {**(described or {}), "adapters": None if lora == "merge" else adapters}
@@ -205,6 +210,20 @@ def _cast(info: TensorInfo, make: Callable[[], Tensor], dtype: torch.dtype | Non
 
 
 Made = dict[str, tuple[TensorInfo, Callable[[], Tensor]]]
+
+
+def _dequantized(made: Made) -> Made:
+    """Weights in four bits as numbers, without what is beside them."""
+    names = [name.partition(SCALES)[0] for name in made if SCALES in name]
+    result = {name: tensor for name, tensor in made.items() if not name.startswith(tuple(f"{n}." for n in names))}
+    for name in names:
+        state = scales({n.removeprefix(f"{name}."): made[n][1]() for n in made if n.startswith(f"{name}.")})
+        result[name] = TensorInfo(tuple(state.shape), state.dtype), partial(_in_numbers, made[name][1], state)
+    return result
+
+
+def _in_numbers(read: Callable[[], Tensor], state: Any) -> Tensor:
+    return in_numbers(read(), state)
 
 
 def _only_adapter(adapters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from training import Record, StopAt, assert_same, make_data, make_module, make_t
 from transformers import AutoModelForCausalLM
 
 from lightrft_lightning import PromptDataModule, RLHFModule, SFTModule
+from lightrft_lightning.convert import convert
 from lightrft_lightning.engines.remote import RemoteRollout
 from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models.quantized import is_quantized
@@ -53,6 +54,10 @@ def test_adapters_alone_are_trained_and_the_exported_model_computes_the_same(tmp
     assert not is_quantized(exported) and not hasattr(exported.config, "quantization_config")
     torch.testing.assert_close(logits(exported), logits(module.actor.eval()), atol=1e-4, rtol=1e-4)
     assert (logits(exported) - logits(AutoModelForCausalLM.from_pretrained(folder))).abs().max() > 1e-3
+    trainer.save_checkpoint(tmp_path / "kept")
+    convert(tmp_path / "kept", tmp_path / "converted")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").state_dict()
+    assert_same(converted, exported.state_dict())
 
 
 def test_weights_in_four_bits_take_less_memory_and_are_sent_in_full_precision(folder):

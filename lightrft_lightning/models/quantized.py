@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,23 @@ def _load_scales(model: nn.Module, state_dict: dict[str, Any], prefix: str, *arg
         start = f"{prefix}{name}.weight."
         saved = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
         if saved:
-            functional = import_extra("bitsandbytes.functional", "bitsandbytes")
-            layer.weight.quant_state = functional.QuantState.from_dict(saved, layer.weight.device)
-            layer.quant_state = layer.weight.quant_state
+            layer.weight.quant_state = layer.quant_state = scales(saved, layer.weight.device)
+
+
+SCALES = ".quant_state.bitsandbytes__"
+"""In names of a ``state_dict``: what is before it is the name of weights in four bits."""
+
+
+def scales(saved: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
+    """The ``QuantState`` from what a ``state_dict`` has under the name of the weights."""
+    return import_extra("bitsandbytes.functional", "bitsandbytes").QuantState.from_dict(dict(saved), device)
+
+
+def in_numbers(weights: Tensor, state: Any) -> Tensor:
+    """Weights in four bits as numbers, in the dtype that they had before."""
+    functional = import_extra("bitsandbytes.functional", "bitsandbytes")
+    numbers: Tensor = functional.dequantize_4bit(weights.detach(), state)
+    return numbers.to(state.dtype)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -63,8 +77,7 @@ def dequantized(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iter
     states = {f"{name}.weight": module.weight.quant_state for name, module in _quantized_layers(model)}
     for name, tensor in tensors:
         if name in states:
-            functional = import_extra("bitsandbytes.functional", "bitsandbytes")
-            tensor = functional.dequantize_4bit(tensor.detach(), states[name]).to(states[name].dtype)
+            tensor = in_numbers(tensor, states[name])
         yield name, tensor
 
 
