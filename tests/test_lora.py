@@ -110,6 +110,13 @@ def test_a_checkpoint_brings_its_own_weights_in_four_bits(tmp_path):
     assert torch.equal(logits(resumed.actor.eval()), logits(module.actor.eval()))
 
 
+def test_layers_that_are_computed_again_have_the_same_gradients(tmp_path, folder):
+    usual, again = (make_module(model=folder, gradient_checkpointing=on, **QLORA) for on in (False, True))
+    for module in (usual, again):
+        make_trainer(tmp_path, limit_val_batches=0).fit(module, make_data())
+    assert_same(weights_of(usual), weights_of(again))
+
+
 @pytest.mark.parametrize("settings", [{"lora": {"r": 4}}, QLORA])
 def test_supervised_training_has_them_too(tmp_path, folder, settings):
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
