@@ -1,8 +1,8 @@
 """Tokens a second of vLLM and of the transformers engine, against plain `generate` of transformers.
 
 Eight prompts of the same length whose answers are short for most and run to the limit for some, eight completions each,
-drawn at a temperature so low that all three programs write the same text: the token counts are equal. One process, the
-three in turn within each round, medians over the rounds.
+drawn at a temperature so low that all programs write the same text: the token counts are equal. One process, in
+turn within each round, medians over the rounds.
 
     python benchmarks/rollout.py                                        # the record
     python benchmarks/rollout.py --rounds 1 --max-new-tokens 16 --n 2   # smoke
@@ -67,8 +67,9 @@ def main() -> None:
     strategy = FakeStrategy()
     vllm = VLLMRollout({"max_model_len": 1024, "enforce_eager": True})
     strategy.setup_inference_engine(engine_type=vllm, actor=model, tokenizer=tokenizer)
-    ours = TransformersRollout()
-    ours.connect(model, tokenizer)
+    ours, refilled = TransformersRollout(), TransformersRollout(max_batch_size=16)
+    for engine in (ours, refilled):
+        engine.connect(model, tokenizer)
 
     def with_engine(engine: VLLMRollout | TransformersRollout) -> Callable[[SamplingParams], int]:
         def run(sampling: SamplingParams) -> int:
@@ -77,7 +78,12 @@ def main() -> None:
 
         return run
 
-    programs = {"plain generate": plain, "TransformersRollout": with_engine(ours), "VLLMRollout": with_engine(vllm)}
+    programs = {
+        "plain generate": plain,
+        "TransformersRollout": with_engine(ours),
+        "TransformersRollout, 16 at once": with_engine(refilled),
+        "VLLMRollout": with_engine(vllm),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     tokens: dict[str, int] = {}
     for program in programs.values():  # warm up
