@@ -94,6 +94,23 @@ def test_other_optimizers_resume_too(tmp_path, make):
     assert same(fit(tmp_path / "c", Module(1, make=make), 4, tmp_path / "b" / "last.ckpt"), expected)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_moments_of_eight_bits_resume(tmp_path, before):
+    """From moments of full precision likewise."""
+
+    def fit_8bit(name, seed, epochs, ckpt_path=None, adam_8bit=True):
+        module = Module(seed, width=1000, make=lambda *_, lr: module.trainer.strategy.create_optimizer(module, lr=lr))
+        return fit(tmp_path / name, module, epochs, ckpt_path, strategy=FakeStrategy(adam_8bit=adam_8bit))
+
+    start = Module(0, width=1000).state_dict()
+    expected = fit_8bit("a", 0, 4, adam_8bit=before)
+    fit_8bit("b", 0, 2, adam_8bit=before)
+    resumed = fit_8bit("c", 1, 4, tmp_path / "b" / "last.ckpt")
+    for name, value in expected.items():
+        allowed = 1e-5 if before else 0.05
+        assert (resumed[name] - value).norm() < allowed * (value - start[name]).norm(), name
+
+
 def test_lightnings_own_file_resumes(straight, tmp_path):
     fit(tmp_path / "auto", Module(), 2, strategy="auto")
     assert (tmp_path / "auto" / "last.ckpt").is_file()
