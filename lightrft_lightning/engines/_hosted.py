@@ -127,6 +127,12 @@ class TransformersCopy(EngineWithCopy):
         return self._generator.generate(prompts, sampling, streams)
 
     @override
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, streams: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        return self._generator.stream(prompts, sampling, streams)
+
+    @override
     def sleep(self, level: int = 1) -> None:
         self._model.to("cpu")
 

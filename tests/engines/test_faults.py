@@ -32,7 +32,7 @@ KEY = "a-key-for-the-tests"
 JOBS = Path(__file__).parent / "jobs"
 TOKENIZER = char_tokenizer()
 PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in range(6) for b in range(4)]
-SAMPLING = SamplingParams(n=8, max_new_tokens=240, seed=5)  # takes a second
+SAMPLING = SamplingParams(n=8, max_new_tokens=40, seed=5)
 SHORT = SamplingParams(n=2, max_new_tokens=4)
 
 
@@ -112,11 +112,14 @@ def test_a_server_killed_in_mid_generation_is_replaced(strategy, remote, monkeyp
     model = small_model(seed=1)
     remote.update_weights(PolicyWeights(strategy, model), 1)
     undisturbed, server, ask = remote.generate(PROMPTS, SAMPLING), remote._server.pid, remote._client.lines
+    hold = remote.failures.with_name("hold")
+    hold.touch()
 
     def killed_after_the_first_group(*arguments):
         lines = ask(*arguments)
         first = next(lines)
         os.kill(server, signal.SIGKILL)
+        hold.unlink()
         yield first
         yield from lines
 

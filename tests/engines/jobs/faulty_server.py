@@ -1,18 +1,23 @@
 """`lightrft serve`, whose loading of weights fails as often as a file says.
 
+While there is a file ``hold`` beside it, generation stops after the first group, so that a test can be sure that the
+rest is missing.
+
 Arguments: the file, then those of `lightrft`.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from lightrft_lightning import cli
 from lightrft_lightning.engines._hosted import TransformersCopy
 
 FAILURES = Path(sys.argv[1])
-load = TransformersCopy._load
+HOLD = FAILURES.with_name("hold")
+load, stream = TransformersCopy._load, TransformersCopy.stream
 
 
 def load_or_fail(self, bucket):
@@ -23,7 +28,14 @@ def load_or_fail(self, bucket):
     load(self, bucket)
 
 
-TransformersCopy._load = load_or_fail
+def stream_or_wait(self, *args, **kwargs):
+    for group in stream(self, *args, **kwargs):
+        yield group
+        while HOLD.exists():
+            time.sleep(0.01)
+
+
+TransformersCopy._load, TransformersCopy.stream = load_or_fail, stream_or_wait
 
 if __name__ == "__main__":
     sys.exit(cli.main(sys.argv[2:]))
