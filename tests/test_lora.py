@@ -68,6 +68,7 @@ def test_weights_in_four_bits_take_less_memory_and_are_sent_in_full_precision(fo
         layers = [p for name, p in module.actor.named_parameters() if "base_layer" in name]
         sizes.append(sum(p.numel() * p.element_size() for p in layers))
     assert sizes[1] == 8 * sizes[0]
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in quantized.actor.parameters()), "the file stays mapped"
     trainer = make_trainer(folder)
     sent = {name: t.clone() for name, t in PolicyWeights(trainer.strategy, quantized.actor)}
     original = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
