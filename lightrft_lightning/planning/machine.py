@@ -87,10 +87,10 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 def process_bytes(planned: Planned) -> float:
     """Bytes that a process of this strategy has resident after a run of a model without size: libraries and code."""
-    libraries = "random"
-    if planned.adam_8bit or planned.quantization is not None:
-        libraries += ", bitsandbytes" + ", accelerate" * (planned.quantization is not None)
-    code = _EMPTY_RUN.format(name=planned.strategy, libraries=libraries)
+    libraries = ["random"]
+    libraries += ["peft"] * (planned.lora_rank > 0) + ["accelerate"] * (planned.quantization is not None)
+    libraries += ["bitsandbytes"] * (planned.adam_8bit or planned.quantization is not None)
+    code = _EMPTY_RUN.format(name=planned.strategy, libraries=", ".join(libraries))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"a process of strategy={planned.strategy!r} does not start:\n{done.stderr[-2000:]}")
