@@ -1,4 +1,4 @@
-"""What every benchmark needs: where it ran, a Markdown table, a JSON file next to it."""
+"""What every benchmark needs: where it ran, a Markdown table, a JSON file and a picture of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,20 +64,17 @@ def peak_rss_mb() -> float:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table; floats with three significant digits."""
-
-    def cell(value: Any) -> str:
-        return (
-            f"{value:.3g}"
-            if isinstance(value, float) and abs(value) < 1000
-            else f"{value:.0f}"
-            if isinstance(value, float)
-            else str(value)
-        )
-
+    """Rows with the same keys as a Markdown table."""
     header = list(rows[0])
-    lines = [header, ["---"] * len(header), *([cell(row[key]) for key in header] for row in rows)]
+    lines = [header, ["---"] * len(header), *([_cell(row[key]) for key in header] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """Floats have three significant digits."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -107,10 +105,78 @@ def compared(rows: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -
     return lines
 
 
+@dataclass(frozen=True)
+class Bars:
+    """What of a table is drawn: for each row the numbers in `columns`, side by side.
+
+    Attributes:
+        labels: columns that say which row it is.
+        columns: of numbers in the same unit.
+        unit: of these.
+        log: whether the axis is logarithmic.
+    """
+
+    labels: Sequence[str]
+    columns: Sequence[str]
+    unit: str
+    log: bool = False
+
+    def draw(self, rows: Sequence[dict[str, Any]], path: Path) -> None:
+        from matplotlib.figure import Figure
+
+        count, names = len(self.columns), [", ".join(_cell(row[label]) for label in self.labels) for row in rows]
+        figure = Figure(figsize=(7, 1.2 + len(rows) * (0.2 + 0.15 * count)), layout="constrained")
+        axes = figure.add_subplot(ylabel=", ".join(self.labels), xlabel=self.unit, title=path.stem)
+        for k, column in enumerate(self.columns):
+            at = [i + 0.8 * ((k + 0.5) / count - 0.5) for i in range(len(rows))]
+            axes.barh(at, [row[column] for row in rows], 0.8 / count, label=column)
+        axes.set_yticks(range(len(rows)), names)
+        axes.invert_yaxis()
+        if self.log:
+            axes.set_xscale("log")
+        if count > 1:
+            figure.legend(loc="outside upper right", fontsize="small", ncols=min(count, 3))
+        figure.savefig(path, dpi=110)
+
+
+def draw_curves(runs: Mapping[str, Sequence[Sequence[float]]], path: Path, ylabel: str, window: int = 1) -> None:
+    """A line a name over the iterations: the mean of its runs, between the lowest and the highest of them.
+
+    Args:
+        runs: of each name the curves.
+        path: of the picture.
+        ylabel: what they show.
+        window: iterations of a running mean.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    many = len(runs) > 5
+    figure = Figure(figsize=(9, 6) if many else (7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="iteration", ylabel=ylabel, title=path.stem)
+    for k, (name, of_name) in enumerate(runs.items()):
+        smooth = [[mean(c[max(0, i + 1 - window) : i + 1]) for i in range(len(c))] for c in of_name]
+        at_each = list(zip(*smooth, strict=False))
+        x, color = range(1, len(at_each) + 1), colormaps["tab20"](k % 20)
+        axes.plot(x, [mean(values) for values in at_each], label=name, color=color)
+        axes.fill_between(x, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.1, linewidth=0)
+    axes.legend(fontsize="small", ncols=2 if many else 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def report(
-    name: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path | None = None, **more: Any
-) -> None:
-    """Print the table and what has changed, and write ``benchmarks/results/<name>.json``, or `out`, with `more`."""
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    out: Path | None = None,
+    bars: Bars | None = None,
+    **more: Any,
+) -> Path:
+    """Print the table and what has changed, and write ``benchmarks/results/<name>.json``, or `out`, with `more`.
+
+    A picture of the `bars` goes beside it. Returns the path of the JSON file.
+    """
     machine = machine_info()
     print(f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {settings}\n")
     print(markdown_table(rows))
@@ -126,3 +192,6 @@ def report(
     result = {"benchmark": name, "when": when, "machine": machine, "settings": settings, "rows": list(rows)}
     path.write_text(json.dumps(result | more, indent=2) + "\n")
     print(f"\nwritten to {path}")
+    if bars is not None:
+        bars.draw(rows, path.with_suffix(".png"))
+    return path

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from _common import peak_rss_mb, report, resident_mb, spread
+from _common import Bars, draw_curves, peak_rss_mb, report, resident_mb, spread
 
 DEADLINE = 1800.0
 """Seconds that one iteration may take."""
@@ -407,7 +407,19 @@ def main() -> None:
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "phase")}
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     rows = {"training": training, "iteration": iteration, "memory": memory}[args.phase](args)
-    report(f"against_trl_{args.phase}", rows, settings, args.out)
+    bars = {
+        "training": Bars(["prompt tokens"], ["TRL s", "ours s"], "seconds of the training phase"),
+        "iteration": Bars(["program"], ["rollout s", "training s", "iteration s"], "seconds"),
+        "memory": Bars(
+            ["tokens", "vocabulary"],
+            ["TRL, process MB", "ours, process MB", "TRL, phase MB", "ours, phase MB"],
+            "MB at the peak",
+        ),
+    }[args.phase]
+    path = report(f"against_trl_{args.phase}", rows, settings, args.out, bars)
+    if args.phase == "iteration":
+        curves = {row["program"]: [[float(reward) for reward in row["rewards"].split()]] for row in rows}
+        draw_curves(curves, path.with_name(f"{path.stem}_rewards.png"), "mean training reward")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Every table of the README and the docs, one after the other: `make bench`.
 
 Each prints its table with machine, versions, medians and spread, says what has changed since the run that is in
-``benchmarks/results``, and takes that one's place. Hours on two cores; nothing else should run meanwhile.
+``benchmarks/results``, and takes that one's place there, with a picture. Hours on two cores; nothing else should run
+meanwhile.
 
     python benchmarks/all.py                          # all
     python benchmarks/all.py --only packing rollout   # some

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import RESULTS, report, spread
+from _common import RESULTS, Bars, report, spread
 from lightning.pytorch import Callback, Trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -146,6 +146,7 @@ def main() -> None:
         ],
         {k: v for k, v in vars(args).items() if k not in ("out", "profile")},
         args.out,
+        Bars(["completions"], ["seconds", "generation s"], "seconds of an iteration", log=True),
     )
 
 

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import peak_rss_mb, report, spread
+from _common import Bars, peak_rss_mb, report, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
@@ -155,9 +155,12 @@ def main() -> None:
         print(peak_rss_mb())
         return
     rows = time_a_token(args) if args.what == "time" else memory(args)
-    report(
-        f"growth_{args.what}", rows, {k: v for k, v in vars(args).items() if k not in ("out", "one", "what")}, args.out
-    )
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "one", "what")}
+    bars = {
+        "time": Bars(["packed tokens", "passes"], ["ms a token"], "ms a token"),
+        "memory": Bars(["groups"], ["peak MB"], "MB at the peak"),
+    }[args.what]
+    report(f"growth_{args.what}", rows, settings, args.out, bars)
 
 
 if __name__ == "__main__":

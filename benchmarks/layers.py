@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report
+from _common import Bars, report
 from packing import gradient_step, make_group
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -94,7 +94,8 @@ def main() -> None:
         }
         for name in VARIANTS
     ]
-    report("layers", rows, {k: v for k, v in vars(args).items() if k != "out"}, args.out)
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    report("layers", rows, settings, args.out, Bars(["layers"], ["s", "first pass s"], "seconds of a pass"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
@@ -30,7 +29,7 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from _common import RESULTS, report
+from _common import RESULTS, draw_curves, report
 
 from lightrft_lightning.algorithms import PRESETS
 
@@ -80,9 +79,11 @@ def main() -> None:
             rows, curves = [rows[i] for i in order], [curves[i] for i in order]
             # As text, because numbers would take a line each.
             report(name, rows, settings, out, curves=[" ".join(f"{reward:.4f}" for reward in c) for c in curves])
-            plot(
-                [row.get("algorithm") or f"seed {row['seed']}" for row in rows], curves, out.with_suffix(".png"), config
-            )
+            runs: dict[str, list[list[float]]] = {}
+            for row, curve in zip(rows, curves, strict=True):
+                runs.setdefault(row.get("algorithm") or f"seed {row['seed']}", []).append(curve)
+            window = MEAN_OVER if len(runs) > 5 else 1
+            draw_curves(runs, out.with_suffix(".png"), "mean training reward", window)
 
 
 def run(config: Path, algorithm: str, seed: int, flags: list[str], show: bool) -> tuple[float, str, list[float]]:
@@ -124,28 +125,6 @@ def summarise(seed: int, output: str, rewards: list[float], minutes: float) -> d
         "iterations": len(rewards),
         "minutes": minutes,
     }
-
-
-def plot(names: Sequence[str], curves: Sequence[Sequence[float]], path: Path, config: Path) -> None:
-    """A line a name: the mean over its runs, within the range from the lowest to the highest; smoothed if many."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    runs: dict[str, list[Sequence[float]]] = {}
-    for name, curve in zip(names, curves, strict=True):
-        runs.setdefault(name, []).append(curve)
-    figure = Figure(figsize=(7, 4) if len(runs) < 6 else (9, 6), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel="mean training reward", title=config.stem)
-    for k, (name, of_name) in enumerate(runs.items()):
-        window = 1 if len(runs) < 6 else MEAN_OVER
-        smooth = [[mean(c[max(0, i + 1 - window) : i + 1]) for i in range(len(c))] for c in of_name]
-        at_each = list(zip(*smooth, strict=False))
-        x, color = range(1, len(at_each) + 1), colormaps["tab20"](k % 20)
-        axes.plot(x, [mean(values) for values in at_each], label=name, color=color)
-        axes.fill_between(x, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.1, linewidth=0)
-    axes.legend(fontsize="small", ncols=1 if len(runs) < 6 else 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import peak_rss_mb, report
+from _common import Bars, peak_rss_mb, report
 
 VARIANTS = ("ours", "naive", "trl_selective", "trl_fused")
 PROMPT, COMPLETION = 8, 128
@@ -113,7 +113,8 @@ def main() -> None:
             row |= {f"{variant} s": result["seconds"] for variant, result in results.items()}
             rows.append(row | {"largest loss difference": max(losses) - min(losses)})
     settings = {"hidden": args.hidden, "chunk_size": args.chunk_size, "threads": args.threads, "dtype": "float32"}
-    report("logprob_memory", rows, settings, args.out)
+    bars = Bars(["vocabulary", "tokens"], [f"{variant} MB" for variant in args.variants], "MB above the start")
+    report("logprob_memory", rows, settings, args.out, bars)
 
 
 if __name__ == "__main__":

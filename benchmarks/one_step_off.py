@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report, spread
+from _common import Bars, report, spread
 from lightning.pytorch import Callback, Trainer
 
 from lightrft_lightning import PromptDataModule, RLHFModule, RolloutCallback, SamplingParams
@@ -115,7 +115,10 @@ def main() -> None:
                     "iteration / longer": middle["iteration"] / max(middle["rollout"], middle["update"]),
                 }
             )
-    report("one_step_off", rows, {k: v for k, v in vars(args).items() if k != "out"}, args.out)
+    bars = Bars(
+        ["generation / training", "staleness"], ["generation s", "training s", "iteration s"], "seconds of an iteration"
+    )
+    report("one_step_off", rows, {k: v for k, v in vars(args).items() if k != "out"}, args.out, bars)
 
 
 if __name__ == "__main__":

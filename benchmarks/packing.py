@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report, spread
+from _common import Bars, report, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -103,7 +103,8 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(args.attention)
     rows = [compare(model, prompt_length, args) for prompt_length in args.prompts]
-    report("packing", rows, {k: v for k, v in vars(args).items() if k != "out"}, args.out)
+    bars = Bars(["prompt"], ["padded s", "shared s"], "seconds of forward and backward")
+    report("packing", rows, {k: v for k, v in vars(args).items() if k != "out"}, args.out, bars)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _common import need_device, report  # isort: skip
+from _common import Bars, need_device, report  # isort: skip
 
 BACK_ENDS = {
     "lightrft_fake": 1,
@@ -266,7 +266,9 @@ def main() -> None:
     rows = [compare(name, args.device, results[name], results["lightrft_fake"]) for name in args.only]
     settings = {"optimizer steps": args.steps, "GRPO iterations": args.iterations, "device": args.device}
     print("Largest relative differences to `lightrft_fake` in one process:\n")
-    report("parity", rows, {**settings, "compute": "bfloat16" if args.bf16 else "float32"}, args.out)
+    columns = [name for name, value in rows[0].items() if isinstance(value, float)]
+    bars = Bars(["strategy"], columns, "largest relative difference", log=True)
+    report("parity", rows, {**settings, "compute": "bfloat16" if args.bf16 else "float32"}, args.out, bars)
 
 
 if __name__ == "__main__":

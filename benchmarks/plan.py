@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _common import report
+from _common import Bars, report
 from transformers import LlamaConfig
 
 from lightrft_lightning.planning import Planned, predict
@@ -200,7 +200,8 @@ def main() -> None:
         totals = {phase.name: phase.total / 1e6 for phase in phases} | {"process": phases[0].parts["process"] / 1e6}
         args.out.write_text(json.dumps(totals))
     else:
-        report("plan", [row(name, args.small) for name in args.only], {"small": args.small}, args.out)
+        bars = Bars(["run"], ["predicted MB", "measured MB"], "MB of a rank at the peak")
+        report("plan", [row(name, args.small) for name in args.only], {"small": args.small}, args.out, bars)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _common import report, spread
+from _common import Bars, report, spread
 
 from lightrft_lightning import FakeStrategy, SamplingParams, TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
@@ -107,7 +107,7 @@ def main() -> None:
         for name in programs
     ]
     settings = {**{k: v for k, v in vars(args).items() if k != "out"}, "prompt tokens": [len(p) for p in prompts]}
-    report("rollout", rows, settings, args.out)
+    report("rollout", rows, settings, args.out, Bars(["engine"], ["tokens/s"], "tokens a second"))
 
 
 if __name__ == "__main__":

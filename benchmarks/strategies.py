@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _common import need_device, report, spread  # isort: skip
+from _common import Bars, need_device, report, spread  # isort: skip
 
 NAMES = (
     "lightrft_fake",
@@ -298,7 +298,9 @@ def main() -> None:
     args.shape = args.shape or {"cpu": "small", "cuda": "0.5B"}[args.device]
     if args.mode is None:
         settings = {"shape": args.shape, "tokens a rank": ROWS * TOKENS, "rounds": args.rounds}
-        report("strategies", [row_of(n, args) for n in args.only], {**settings, "device": args.device}, args.out)
+        rows, settings = [row_of(n, args) for n in args.only], settings | {"device": args.device}
+        bars = Bars(["strategy"], ["peak memory a rank (MB)", "sent a step (MB)", "minimum (MB)"], "MB")
+        report("strategies", rows, settings, args.out, bars)
         return
     torch.set_num_threads(1)
     measured = (

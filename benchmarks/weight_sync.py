@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import report, spread
+from _common import Bars, report, spread
 
 from lightrft_lightning import FakeStrategy
 from lightrft_lightning.engines.vllm import VLLMRollout
@@ -95,7 +95,7 @@ def main() -> None:
     largest = max(tensor.nbytes for _, tensor in weights) / MB
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "buckets")}
     settings |= {"MB": size / MB, "largest tensor MB": largest}
-    report("weight_sync", rows, settings, args.out)
+    report("weight_sync", rows, settings, args.out, Bars(["bucket MB", "update, verify"], ["seconds"], "seconds"))
 
 
 def update(engine: VLLMRollout, weights: PolicyWeights, verify: Any) -> None:

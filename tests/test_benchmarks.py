@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def load(name):
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -55,6 +55,16 @@ def test_what_has_changed_since_the_last_run_is_told(tmp_path, capsys):
     assert [row["engine"] for row in json.loads(out.read_text())["rows"]] == ["a", "c"]
     common.report("x", [{"engine": "d", "seconds": 3.0}], {"n": 3}, out)
     assert "OTHER SETTINGS" in (told := capsys.readouterr().out) and "no row of it is here again" in told
+
+
+def test_a_picture_goes_beside_the_numbers(tmp_path):
+    common, rows = load("_common"), [{"engine": "a", "s": 2.0, "t": 1.0}, {"engine": "b", "s": 0.5, "t": 3.0}]
+    path = common.report("x", rows, {}, tmp_path / "x.json", common.Bars(["engine"], ["s", "t"], "seconds"))
+    common.draw_curves({"a": [[0.1, 0.2], [0.3, 0.2]]}, tmp_path / "curves" / "x.png", "reward")
+    for picture in (path.with_suffix(".png"), tmp_path / "curves" / "x.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    with pytest.raises(KeyError, match="missing"):
+        common.Bars(["engine"], ["missing"], "seconds").draw(rows, tmp_path / "y.png")
 
 
 def test_the_spread_is_told_from_the_median():
