@@ -24,7 +24,7 @@ from lightrft_lightning.models.streaming import building_on_meta, can_stream, pa
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,18 @@ def _from_pretrained(
     if quantization is not None:
         mend(model)
     return model
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """The config of `source`, without its weights; raises what `load_model` raises."""
+    found = made_or_found(source)
+    if not isinstance(found, str):
+        return found.model().config
+    try:
+        config: PretrainedConfig = import_extra("transformers", "hf").AutoConfig.from_pretrained(found)
+    except OSError as err:
+        raise FileNotFoundError(not_loaded(found, err)) from err
+    return config
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -253,7 +265,8 @@ def unpack_gguf(file: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        _convert_gguf(file, temporary)
+        with parameters_on_meta(False), torch.device("cpu"):  # whatever the caller's own model is to be made on
+            _convert_gguf(file, temporary)
         # The folder appears whole or not at all; if another process was faster, its folder stays.
         temporary.rename(folder)
     except OSError:

@@ -21,7 +21,7 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.experience.balance import flops
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
-from lightrft_lightning.models.loading import made_or_found
+from lightrft_lightning.models.loading import load_config
 from lightrft_lightning.models.logprobs import completion_logprobs
 from lightrft_lightning.models.scalar import completion_values
 from lightrft_lightning.planning.machine import UNKNOWN, Machine, process_bytes
@@ -242,8 +242,7 @@ def build(planned: Planned, dtype: torch.dtype = torch.float32) -> nn.Module:
     transformers = import_extra("transformers", "hf")
     source = planned.model
     if not isinstance(source, transformers.PretrainedConfig):
-        found = made_or_found(source)
-        source = transformers.AutoConfig.from_pretrained(found) if isinstance(found, str) else found.model().config
+        source = load_config(source)
     model = transformers.AutoModelForCausalLM.from_config(source, dtype=dtype, attn_implementation="sdpa")
     if planned.lora_rank:
         peft = import_extra("peft", "hf")

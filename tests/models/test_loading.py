@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lightrft_lightning.models.loading as loading
-from lightrft_lightning.models.loading import load_model, load_tokenizer, unpack_gguf
+from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer, unpack_gguf
+from lightrft_lightning.models.streaming import parameters_on_meta
 
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789", *"abcdefghijklmnopqrstuvwxyz+=", "Ġ", "ab"]
@@ -98,6 +99,9 @@ def test_missing_folder_or_name(tmp_path, monkeypatch):
             load_model(name)
         assert str(Path(name).absolute()) in str(caught.value)
         assert ("Did you mean 'smollm2-135m-instruct'" in str(caught.value)) == name.startswith("smollm2")
+        with pytest.raises(FileNotFoundError) as of_config:
+            load_config(name)
+        assert str(of_config.value) == str(caught.value)
 
 
 def test_sources_that_make_no_sense():
@@ -217,6 +221,15 @@ def test_gguf(cache, tmp_path, tied, quantization):
     assert text == "<|im_start|>user ab 1<|im_end|>"
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab 12")["input_ids"]) == ["ab", "Ġ", "1", "2"]
     model.save_pretrained(tmp_path / "again")  # the object that transformers itself loads refuses this
+
+
+def test_gguf_is_unpacked_with_its_values_wherever_the_model_is_to_be_made(cache, tmp_path):
+    file = tmp_path / "small.gguf"
+    expected = write_gguf(file, True, gguf.GGMLQuantizationType.F32)
+    with torch.device("meta"), parameters_on_meta():
+        assert load_config(file).vocab_size == len(TOKENS)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(load_model(file)(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_gguf_is_unpacked_once_and_again_if_its_content_changes(cache, tmp_path, caplog):
