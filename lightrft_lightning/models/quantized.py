@@ -30,8 +30,7 @@ def quantization_config(quantization: str, device: torch.device) -> Any:
 def mend(model: nn.Module) -> None:
     """Make a model trainable on a CPU with AVX-512, and let `load_state_dict` read what `state_dict` writes."""
     for parameter in model.parameters():
-        if parameter.untyped_storage().nbytes() > parameter.nbytes:
-            parameter.data = parameter.data.clone()  # a view of the file, all of which would stay in memory
+        parameter.data = parameter.data.clone()  # part of a file in memory, all of which would stay there
     for _, layer in _quantized_layers(model):
         # At the first pass in eval mode bitsandbytes would pack weights anew, in a layout through which no gradient
         # flows and which is never undone for training.
