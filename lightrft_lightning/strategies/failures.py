@@ -146,7 +146,7 @@ class RankWatch:
         self._status = Status(f"{socket.gethostname()}, pid {os.getpid()}")
         self._stack = _Stack()
         self._suspicion: tuple[float, int, str] | None = None
-        self._stopped = False
+        self._stopped = self._silenced = False
         self._reported = self._own_failure = False
         self._act_at: float | None = None
         self._ending: float | None = None  # since when
@@ -176,6 +176,8 @@ class RankWatch:
         if self.verdict is None and not self._reported:
             self.stop()
             return
+        with self._changed:
+            self._silenced = True
         deadline = time.monotonic() + GRACE  # the thread goes on, in case that the interpreter does not end
         for child in children:
             try:
@@ -264,6 +266,10 @@ class RankWatch:
     def _beat(self) -> None:
         now = time.monotonic()
         with self._changed:
+            # An interpreter that ends while a thread is inside torch, as sampling is, aborts with "terminate called
+            # without an active exception". Those who say that it ends hold the lock meanwhile.
+            if self._stopped or self._silenced:
+                return
             self._status = Status(self._status.name, *self._stack.sample())
             for peer in self._peers.values():
                 if peer.open and now - peer.heard < 60:  # nobody empties the buffers of a stopped process

@@ -117,6 +117,12 @@ def test_killed_and_stopped_really_were(ranks):
         assert culprit["code"] == -signal.SIGKILL
 
 
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1)])
+def test_a_rank_can_end_at_any_moment(run_ranks, how, code):
+    for rank in run_ranks(JOB.with_name("ends_while_watched.py"), how, check=False):
+        assert rank.returncode == code and "terminate called" not in rank.stderr, rank.stderr
+
+
 def test_one_process_is_not_watched():
     assert watch_ranks(timedelta(seconds=1)) is None
 
