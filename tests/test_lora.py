@@ -66,7 +66,7 @@ def test_adapters_alone_are_trained_and_the_exported_model_computes_the_same(tmp
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says there what files are in memory")
 def test_weights_in_four_bits_keep_nothing_of_the_file_in_memory(folder, tmp_path):
     own = shutil.copytree(folder, tmp_path / "own")  # models of other tests may keep the other one
-    module = make_module(model=own, **QLORA)
+    module = make_module(model=str(own), **QLORA)
     module.configure_model()
     assert str(own) not in Path("/proc/self/maps").read_text()
 
