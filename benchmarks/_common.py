@@ -157,7 +157,7 @@ def draw_curves(runs: Mapping[str, Sequence[Sequence[float]]], path: Path, ylabe
     for k, (name, of_name) in enumerate(runs.items()):
         smooth = [[mean(c[max(0, i + 1 - window) : i + 1]) for i in range(len(c))] for c in of_name]
         at_each = list(zip(*smooth, strict=False))
-        x, color = range(1, len(at_each) + 1), colormaps["tab20"](k % 20)
+        x, color = range(1, len(at_each) + 1), colormaps["tab20" if many else "tab10"](k % (20 if many else 10))
         axes.plot(x, [mean(values) for values in at_each], label=name, color=color)
         axes.fill_between(x, list(map(min, at_each)), list(map(max, at_each)), color=color, alpha=0.1, linewidth=0)
     axes.legend(fontsize="small", ncols=2 if many else 1)
