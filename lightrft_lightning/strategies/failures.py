@@ -155,7 +155,8 @@ class RankWatch:
         self._previous_hook, sys.excepthook = sys.excepthook, self._excepthook
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._forget)
-        threading.Thread(target=self._run, name="lightrft-rank-watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="lightrft-rank-watch", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Take leave of the others: from here on, this process is on its own."""
@@ -168,6 +169,7 @@ class RankWatch:
                 with contextlib.suppress(OSError):
                     peer.socket.shutdown(socket.SHUT_WR)
         self._waker.send(b".")
+        self._thread.join(GRACE)  # it could be held up by a rank that does not read what it is sent
         atexit.unregister(self._at_exit)
         if sys.excepthook == self._excepthook:
             sys.excepthook = self._previous_hook
@@ -267,8 +269,8 @@ class RankWatch:
         now = time.monotonic()
         with self._changed:
             # An interpreter that ends while a thread is inside torch, as sampling is, aborts with "terminate called
-            # without an active exception". Those who say that it ends hold the lock meanwhile.
-            if self._stopped or self._silenced:
+            # without an active exception".
+            if self._silenced:
                 return
             self._status = Status(self._status.name, *self._stack.sample())
             for peer in self._peers.values():
