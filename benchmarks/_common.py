@@ -8,6 +8,7 @@ import platform
 import re
 import resource
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -47,6 +48,34 @@ def need_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: not run, as this machine has no GPU that torch can use")
+
+
+SHAPES = {  # hidden size, layers, heads of queries and of keys, width of the MLP, vocabulary
+    "135M": (576, 30, 9, 3, 1536, 49152),  # SmolLM2
+    "0.5B": (896, 24, 14, 2, 4864, 151_936),  # Qwen2.5
+    "1.5B": (1536, 28, 12, 2, 8960, 151_936),
+}
+
+
+def llama(shape: str, layers: int | None = None, vocab: int | None = None, **more: Any) -> Any:
+    """A Llama with random weights, of one of `SHAPES` but for `layers` and `vocab`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, depth, heads, kv_heads, mlp, size = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers or depth, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=mlp, vocab_size=vocab or size, tie_word_embeddings=True, **more,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def now(device: str) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def resident_mb() -> float:

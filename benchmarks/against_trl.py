@@ -6,6 +6,9 @@ clipping), in fp32 and without gradient checkpointing.
     python benchmarks/against_trl.py training             # forward, backward and step on frozen rollouts
     python benchmarks/against_trl.py iteration            # generation, rewards, training; reward curves
     python benchmarks/against_trl.py memory               # peak of the training phase at a large vocabulary
+    python benchmarks/against_trl.py training --device cuda --shape 0.5B --prompts 16 --token-budget 16384 --out x.json
+
+On a GPU both have fp32 weights and compute in bf16.
 
 ``training`` and ``memory`` give both the same completions through each one's own interface for rollouts, and compare
 the gradients of the first step. ``iteration`` generates, with the sampling and prompts of the demo. TRL always
@@ -27,7 +30,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from _common import Bars, draw_curves, peak_rss_mb, report, resident_mb, spread
+from _common import SHAPES, Bars, draw_curves, llama, need_device, now, peak_rss_mb, report, resident_mb, spread
 
 DEADLINE = 1800.0
 """Seconds that one iteration may take."""
@@ -58,17 +61,12 @@ def frozen_rollouts(args: argparse.Namespace) -> dict[str, tuple[list[int], list
 
 
 def build_model(args: argparse.Namespace) -> Any:
-    """Of SmolLM2-135M's shape with random weights, or with a vocabulary and depth of its own."""
+    """With random weights, for both the same."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=576, num_hidden_layers=args.layers, num_attention_heads=9, num_key_value_heads=3,
-        intermediate_size=1536, vocab_size=args.vocab, tie_word_embeddings=True, max_position_embeddings=8192,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    return llama(args.shape, args.layers, args.vocab, max_position_embeddings=8192, **ends)
 
 
 def task_rows(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -83,8 +81,8 @@ def task_rows(args: argparse.Namespace) -> list[dict[str, str]]:
 class Turn:
     """A worker's side of taking turns: waits for the word before an iteration, and tells what it took."""
 
-    def __init__(self, connection: Connection, gradient: Path) -> None:
-        self.connection, self.gradient = connection, gradient
+    def __init__(self, connection: Connection, gradient: Path, device: str) -> None:
+        self.connection, self.gradient, self.device = connection, gradient, device
         self.hooked = False
 
     def begin(self, model: Any, optimizer: Any) -> None:
@@ -100,11 +98,13 @@ class Turn:
         except EOFError:  # the driver is gone
             raise SystemExit(1) from None
         self.held = resident_mb()
-        self.start = time.perf_counter()
+        self.start = now(self.device)
 
-    def end(self, **measured: Any) -> None:
-        took = time.perf_counter() - self.start
-        self.connection.send({"iteration": took, "peak": peak_rss_mb(), "held": self.held, **measured})
+    def end(self, rollout: float, reward: float) -> None:
+        """Tell what it took: `rollout` seconds with the rewards, whose mean is `reward`, the rest is training."""
+        took = now(self.device) - self.start
+        seconds = {"iteration": took, "rollout": rollout, "training": took - rollout}
+        self.connection.send({**seconds, "reward": reward, "peak": peak_rss_mb(), "held": self.held})
 
     def keep(self, optimizer: Any, names: dict[Any, str]) -> None:
         """The gradient of the first step."""
@@ -158,9 +158,9 @@ def trl_worker(turn: Turn, args: argparse.Namespace, folder: str) -> None:
             return [reward(text) for text in completions]
 
         options["rollout_func"] = frozen
-    total = args.prompts * args.n
+    total, gpu = args.prompts * args.n, args.device == "cuda"
     config = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        output_dir=folder, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, seed=args.seed, shuffle_dataset=False, max_steps=args.rounds + 1,
         per_device_train_batch_size=args.trl_batch, gradient_accumulation_steps=total // args.trl_batch,
         num_generations=args.n, max_completion_length=args.completion_tokens, temperature=1.0, learning_rate=args.lr,
@@ -185,8 +185,7 @@ def trl_worker(turn: Turn, args: argparse.Namespace, folder: str) -> None:
             turn.begin(model, optimizer.optimizer)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            training = time.perf_counter() - turn.start - seconds["rollout"]
-            turn.end(training=training, rollout=seconds["rollout"], reward=seconds["reward"])
+            turn.end(seconds["rollout"], seconds["reward"])
 
     trainer.add_callback(Turns())
     trainer.train()
@@ -237,18 +236,16 @@ def our_worker(turn: Turn, args: argparse.Namespace, folder: str, vllm: bool = F
 
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             seen = trainer.callback_metrics
-            turn.end(
-                training=float(seen["time/update"]),
-                rollout=float(seen["time/rollout"]),
-                reward=float(seen["train/reward"]),
-            )
+            turn.end(float(seen["time/rollout"] + seen["time/rewards"]), float(seen["train/reward"]))
 
     module = RLHFModule(
         model, rewards, sampling=SamplingParams(n=args.n, max_new_tokens=args.completion_tokens), lr=args.lr,
         token_budget=args.token_budget, seed=args.seed, **settings,
     )  # fmt: skip
+    gpu = args.device == "cuda"
     trainer = Trainer(
-        strategy="lightrft_fake", accelerator="cpu", max_epochs=1, limit_train_batches=args.rounds + 1,
+        strategy="lightrft_fake", accelerator="gpu" if gpu else "cpu", devices=1,
+        precision="bf16-mixed" if gpu else "32-true", max_epochs=1, limit_train_batches=args.rounds + 1,
         callbacks=[engine, Turns()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
@@ -260,7 +257,7 @@ def our_worker(turn: Turn, args: argparse.Namespace, folder: str, vllm: bool = F
 
 def work(name: str, connection: Connection, args: argparse.Namespace, folder: str) -> None:
     """A worker process."""
-    turn = Turn(connection, Path(folder, f"{name}.pt"))
+    turn = Turn(connection, Path(folder, f"{name}.pt"), args.device)
     try:
         if name == "TRL":
             trl_worker(turn, args, folder)
@@ -383,8 +380,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[32, 256], help="of training")
     parser.add_argument("--completion-tokens", type=int, help="most of a completion; default: 128, 64, 480")
-    parser.add_argument("--layers", type=int, help="default: 30; memory: 2")
-    parser.add_argument("--vocab", type=int, help="default: 49152; memory: 151936")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="not of memory")
+    parser.add_argument("--shape", choices=list(SHAPES), default="135M", help="of the model")
+    parser.add_argument("--layers", type=int, help="default: those of the shape; memory: 2")
+    parser.add_argument("--vocab", type=int, help="default: that of the shape; memory: 151936")
     parser.add_argument("--trl-batch", type=int, default=8, help="completions of one of TRL's passes")
     parser.add_argument("--token-budget", type=int, default=4096, help="tokens of one of our passes")
     parser.add_argument("--lr", type=float, default=2e-5)
@@ -393,9 +392,12 @@ def main() -> None:
     parser.add_argument("--no-vllm", dest="vllm", action="store_false")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    need_device(args.device)
+    if args.phase == "memory" and args.device != "cpu":
+        parser.error("memory measures a process on a CPU: leave --device out")
     defaults = {
-        "training": {"rounds": 5, "completion_tokens": 128, "layers": 30, "vocab": 49152},
-        "iteration": {"rounds": 12, "completion_tokens": 64, "layers": 30, "vocab": 49152},
+        "training": {"rounds": 5, "completion_tokens": 128},
+        "iteration": {"rounds": 12, "completion_tokens": 64},
         "memory": {"rounds": 1, "completion_tokens": 480, "layers": 2, "vocab": 151_936},
     }[args.phase]
     for name, value in defaults.items():

@@ -5,11 +5,15 @@ layers, fp32, forward and backward of a policy-gradient loss.
 
     python benchmarks/growth.py time        # 1k to 16k packed tokens, in passes of at most 4096 and in one pass
     python benchmarks/growth.py memory      # more and more groups within one token budget, a process each
+    python benchmarks/growth.py time --device cuda --shape 0.5B --tokens 4096 16384 --token-budget 16384 --out x.json
+
+On a GPU the weights are fp32 and passes compute in bf16, as under ``precision="bf16-mixed"``, with ``flex_attention``;
+the share of the matrix product is then the MFU against what the GPU really reaches.
 
 The FLOPs are those that the tokens need: 6 a weight and token of the decoder layers (prompts count once), 6 a weight
 and completion token of the output head, 12 a head dimension and pair of tokens that see each other. Padding and what is
 computed twice (the output head, in the backward pass) do not count. The matrix product is that of two square matrices
-of 2048, measured in turn with the passes.
+of 2048 (on a GPU 8192), measured in turn with the passes.
 """
 
 from __future__ import annotations
@@ -17,26 +21,25 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from _common import Bars, peak_rss_mb, report, spread
-from transformers import LlamaConfig, LlamaForCausalLM
+from _common import SHAPES, Bars, llama, need_device, now, peak_rss_mb, report, spread
+from transformers import LlamaForCausalLM
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.models.attention import FLEX, use_kernel
 from lightrft_lightning.models.logprobs import completion_logprobs
-
-SIDE = 2048
 
 
 def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    config = LlamaConfig(hidden_size=576, num_hidden_layers=args.layers, num_attention_heads=9, num_key_value_heads=3,
-                         intermediate_size=1536, vocab_size=args.vocab, tie_word_embeddings=True)  # fmt: skip
-    return LlamaForCausalLM(config)
+    model = llama(args.shape, args.layers, args.vocab).to(args.device)
+    if args.device == "cuda":
+        use_kernel(model, FLEX)
+    return model
 
 
 def groups(count: int, args: argparse.Namespace) -> list[Trajectory]:
@@ -68,35 +71,40 @@ def useful_flops(model: LlamaForCausalLM, batches: list[PackedBatch]) -> float:
 def gradient_step(model: LlamaForCausalLM, batches: list[PackedBatch]) -> float:
     """Seconds of forward and backward."""
     model.zero_grad()
-    start = time.perf_counter()
-    total = sum(batch.num_policy_tokens for batch in batches)
+    device, total = model.device.type, sum(batch.num_policy_tokens for batch in batches)
+    start = now(device)
     for batch in batches:
-        (-completion_logprobs(model, batch).logprobs.sum() / total).backward()
-    return time.perf_counter() - start
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logprobs = completion_logprobs(model, batch).logprobs
+        (-logprobs.sum() / total).backward()
+    return now(device) - start
 
 
 def matrix_product(a: torch.Tensor) -> float:
     """FLOP/s of the machine at this moment."""
-    start = time.perf_counter()
+    start = now(a.device.type)
     for _ in range(5):
         a @ a
-    return 5 * 2 * SIDE**3 / (time.perf_counter() - start)
+    return 5 * 2 * len(a) ** 3 / (now(a.device.type) - start)
 
 
 def time_a_token(args: argparse.Namespace) -> list[dict[str, Any]]:
     model = build_model(args)
-    square = torch.randn(SIDE, SIDE)
+    gpu = args.device == "cuda"
+    side, dtype = (8192, torch.bfloat16) if gpu else (2048, torch.float32)
+    square = torch.randn(side, side, device=args.device, dtype=dtype)
     per_group = sum(len(t.completion.token_ids) for t in groups(1, args)) + args.prompt
     cases = {}
     for tokens in args.tokens:
         trajectories = groups(max(1, round(tokens / per_group)), args)
         for budget in (args.token_budget, 2 * tokens):
-            batches = pack(trajectories, budget, row_length=per_group)
+            batches = [batch.to(args.device) for batch in pack(trajectories, budget, row_length=per_group)]
             cases[tokens, len(batches)] = batches
     seconds: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     shares: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
     first = next(iter(cases))
-    matrix_product(square), gradient_step(model, cases[first])  # warm up
+    for batches in cases.values() if gpu else [cases[first]]:  # warm up; on a GPU kernels are compiled
+        matrix_product(square), gradient_step(model, batches)
     for _ in range(args.rounds):
         for case, batches in cases.items():
             before = matrix_product(square)
@@ -113,6 +121,7 @@ def time_a_token(args: argparse.Namespace) -> list[dict[str, Any]]:
             "seconds": median(seconds[case]),
             "spread": spread(seconds[case]),
             "ms a token": 1000 * each[case],
+            "TFLOP/s": useful_flops(model, cases[case]) / median(seconds[case]) / 1e12,
             "against the first": each[case] / each[first],
             "share of the matrix product": median(shares[case]),
         }
@@ -124,7 +133,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for count in args.groups:
         command = [sys.executable, __file__, "memory", "--one", str(count), "--layers", str(args.layers)]
-        command += ["--token-budget", str(args.token_budget), "--vocab", str(args.vocab)]
+        command += ["--token-budget", str(args.token_budget), "--vocab", str(args.vocab), "--shape", args.shape]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append({"groups": count, "peak MB": float(done.stdout.split()[-1])})
     return [{**row, "against the first": row["peak MB"] / rows[0]["peak MB"]} for row in rows]
@@ -137,8 +146,10 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--completion", type=int, default=64, help="mean tokens of a completion")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="not of memory")
+    parser.add_argument("--shape", choices=list(SHAPES), default="135M", help="of the model")
+    parser.add_argument("--layers", type=int, help="default: those of the shape; on a CPU 8")
+    parser.add_argument("--vocab", type=int, help="default: that of the shape")
     parser.add_argument(
         "--token-budget", type=int, help="tokens of a pass, at most; default: 4096 for time, 2048 for memory"
     )
@@ -147,6 +158,12 @@ def main() -> None:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    need_device(args.device)
+    if args.what == "memory" and args.device != "cpu":
+        parser.error("memory measures a process on a CPU: leave --device out")
+    if args.device == "cpu" and args.layers is None:
+        args.layers = 8  # of SmolLM2's 30: a round on two cores takes minutes
+    args.vocab = args.vocab or SHAPES[args.shape][-1]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.token_budget = args.token_budget or {"time": 4096, "memory": 2048}[args.what]
