@@ -178,8 +178,9 @@ class RankWatch:
         if self.verdict is None and not self._reported:
             self.stop()
             return
-        with self._changed:
-            self._silenced = True
+        self._silenced = True
+        if self._changed.acquire(timeout=GRACE):  # the thread is not inside torch then, and does not go there again
+            self._changed.release()
         deadline = time.monotonic() + GRACE  # the thread goes on, in case that the interpreter does not end
         for child in children:
             try:
