@@ -215,7 +215,8 @@ def report(
         same = "the same settings" if last["settings"] == json.loads(json.dumps(settings)) else "OTHER SETTINGS"
         versions = "" if last["machine"] == machine else f", on {last['machine']}"
         print(f"\nagainst the run of {last['when']} ({same}{versions}):")
-        print("\n".join(f"- {line}" for line in compared(rows, last["rows"])) or "- no row of it is here again")
+        changes = compared(rows, last["rows"]) or ["no row of it is here again, or none has changed"]
+        print("\n".join(f"- {line}" for line in changes))
     path.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = {"benchmark": name, "when": when, "machine": machine, "settings": settings, "rows": list(rows)}
