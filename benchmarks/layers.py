@@ -17,10 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import Bars, report
+from _common import Bars, llama, report
 from packing import gradient_step, make_group
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.models.layers import checkpoint_activations, compile_layers, uncompiled
@@ -56,9 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=576, num_hidden_layers=args.layers, num_attention_heads=9, num_key_value_heads=3,
-                         intermediate_size=1536, vocab_size=args.vocab, tie_word_embeddings=True)  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = llama("135M", args.layers, args.vocab)
     compile_layers(model)
     trajectories = make_group(args.prompt, args.longest, args.vocab)
     advantages = [torch.full((len(t.mask),), value) for t, value in zip(trajectories, torch.randn(8), strict=True)]

@@ -16,9 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from _common import Bars, report, spread
+from _common import Bars, llama, report, spread
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
@@ -98,9 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=576, num_hidden_layers=args.layers, num_attention_heads=9, num_key_value_heads=3,
-                         intermediate_size=1536, vocab_size=args.vocab, tie_word_embeddings=True)  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = llama("135M", args.layers, args.vocab)
     model.set_attn_implementation(args.attention)
     rows = [compare(model, prompt_length, args) for prompt_length in args.prompts]
     bars = Bars(["prompt"], ["padded s", "shared s"], "seconds of forward and backward")
