@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[32, 256], help="of training")
     parser.add_argument("--completion-tokens", type=int, help="most of a completion; default: 128, 64, 480")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="not of memory")
-    parser.add_argument("--shape", choices=list(SHAPES), default="135M", help="of the model")
+    parser.add_argument("--shape", choices=list(SHAPES), default="135M", help="of the model; not of iteration")
     parser.add_argument("--layers", type=int, help="default: those of the shape; memory: 2")
     parser.add_argument("--vocab", type=int, help="default: that of the shape; memory: 151936")
     parser.add_argument("--trl-batch", type=int, default=8, help="completions of one of TRL's passes")
@@ -395,6 +395,8 @@ def main() -> None:
     need_device(args.device)
     if args.phase == "memory" and args.device != "cpu":
         parser.error("memory measures a process on a CPU: leave --device out")
+    if args.phase == "iteration" and args.shape != "135M":
+        parser.error("iteration trains the pretrained SmolLM2-135M: leave --shape out")
     defaults = {
         "training": {"rounds": 5, "completion_tokens": 128},
         "iteration": {"rounds": 12, "completion_tokens": 64},
