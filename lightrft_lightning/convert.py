@@ -24,6 +24,7 @@ from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import TEMPORARY, CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
 from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
+from lightrft_lightning.models.remote_code import code_refused
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one safetensors file, unless a single tensor is larger."""
@@ -100,7 +101,7 @@ def convert(
         _copy_tokenizer(temporary, tokenizer, source)
         if not adapter_only:
             _compare(HuggingFaceFolder(temporary), outputs, target)
-            _check_architecture(temporary, described)
+            _check_architecture(temporary, described, source.path)
         for path in temporary.iterdir():
             folder.flush(path)
         temporary.rename(target)
@@ -339,13 +340,17 @@ def _copy_tokenizer(path: Path, tokenizer: str | None, source: Source) -> None:
         shutil.copyfile(file, path / file.name)
 
 
-def _check_architecture(path: Path, described: Mapping[str, Any] | None) -> None:
+def _check_architecture(path: Path, described: Mapping[str, Any] | None, where: Path) -> None:
     """Names and shapes against those of a model built from the config, without memory for it."""
     transformers = import_extra("transformers", "hf")
-    config = transformers.AutoConfig.from_pretrained(path)
-    cls = getattr(transformers, (described or {}).get("class") or "", transformers.AutoModelForCausalLM)
-    with torch.device("meta"):
-        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    named: Any = getattr(transformers, str((described or {}).get("class")), None)
+    # The name comes from a file: nothing but a model is called by it.
+    is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    with torch.device("meta"), code_refused(where):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config._attn_implementation = None  # a name that config.json gives may be a kernel to be fetched
+        auto = transformers.AutoModelForCausalLM
+        model = named(config) if is_model else auto.from_config(config, trust_remote_code=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     there = HuggingFaceFolder(path).infos
     first = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}

@@ -16,7 +16,8 @@ from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Part, as_matrix, digest
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
-from lightrft_lightning.models.loading import load_model, load_tokenizer
+from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer
+from lightrft_lightning.models.remote_code import code_refused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,8 +69,7 @@ def load_bucket(engine: EngineWithCopy, path: Path) -> None:
 
 def vocab_size(folder: str) -> int:
     """Number of token ids of the model in a folder."""
-    config = import_extra("transformers", "hf").AutoConfig.from_pretrained(folder)
-    return int(config.get_text_config(decoder=True).vocab_size)
+    return int(load_config(folder).get_text_config(decoder=True).vocab_size)
 
 
 class TransformersCopy(EngineWithCopy):
@@ -186,8 +186,10 @@ class TransformersCopy(EngineWithCopy):
 
 def _without_weights(folder: str, dtype: torch.dtype, attn_implementation: str) -> Any:
     transformers = import_extra("transformers", "hf")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    named = {"dtype": dtype, "attn_implementation": attn_implementation}
+    with code_refused(folder):
+        config = load_config(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **named)
     if (saved := Path(folder, "generation_config.json")).is_file():  # its end-of-sequence tokens
         model.generation_config = transformers.GenerationConfig.from_dict(json.loads(saved.read_text()))
     return model

@@ -174,6 +174,7 @@ class VLLMRollout(EngineWithCopy):
         arguments = {
             **(GPU_DEFAULTS if gpu else CPU_DEFAULTS),
             "seed": 0,
+            "trust_remote_code": False,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "enable_sleep_mode": bool(self.sleep_level) and gpu,

@@ -20,6 +20,7 @@ from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.models.attention import FLEX, prefers_flex
 from lightrft_lightning.models.quantized import mend, quantization_config
+from lightrft_lightning.models.remote_code import CodeRefusedError, code_refused
 from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
@@ -57,7 +58,7 @@ def load_model(
     Args:
         source: a Hugging Face folder; a ``.gguf`` file; a name in `MODEL_SOURCES`, by itself or as
             ``{"name": ..., <options>}``; or a hub id ``organisation/name``. Code that a folder or a hub repository
-            brings along is never run.
+            brings along is never run; a model that cannot do without it is an error.
         dtype: of the weights.
         attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa``, ``eager`` and
             ``flex_attention`` (see `models.attention`). ``auto``: the last where there are CUDA devices and the model's
@@ -98,8 +99,11 @@ def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -
     if not Path(found).is_dir():
         return None
     transformers = import_extra("transformers", "hf")
-    config = transformers.AutoConfig.from_pretrained(found)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    config = load_config(found)
+    with code_refused(found):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+        )
     return model if can_stream(model, Path(found)) else None
 
 
@@ -111,10 +115,10 @@ def _from_pretrained(
     if quantization is not None:
         device = torch.get_default_device()
         more = {"quantization_config": quantization_config(quantization, device), "device_map": {"": device}}
+    more |= {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     try:
-        model, report = auto.from_pretrained(
-            found, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **more
-        )
+        with code_refused(found):
+            model, report = auto.from_pretrained(found, trust_remote_code=False, **more)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
     if report["missing_keys"]:  # Transformers would leave them at random and only warn
@@ -130,8 +134,10 @@ def load_config(source: Source) -> PretrainedConfig:
     found = made_or_found(source)
     if not isinstance(found, str):
         return found.model().config
+    auto = import_extra("transformers", "hf").AutoConfig
     try:
-        config: PretrainedConfig = import_extra("transformers", "hf").AutoConfig.from_pretrained(found)
+        with code_refused(found):
+            config: PretrainedConfig = auto.from_pretrained(found, trust_remote_code=False)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
     return config
@@ -160,7 +166,10 @@ def _pretrained_tokenizer(found: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"the model folder {found} holds no tokenizer. {fix}")
     auto = import_extra("transformers", "hf").AutoTokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(found)
+        with code_refused(found):
+            tokenizer: PreTrainedTokenizerBase = auto.from_pretrained(found, trust_remote_code=False)
+    except CodeRefusedError:
+        raise
     except Exception as err:  # the tokenizers library raises plain Exception for a broken file
         if not folder.is_dir() and isinstance(err, OSError):
             raise FileNotFoundError(not_loaded(found, err)) from err
@@ -277,17 +286,20 @@ def unpack_gguf(file: Path) -> Path:
     return folder
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def _convert_gguf(file: Path, to: Path) -> None:
     transformers = import_extra("transformers", "hf")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    auto = transformers.AutoModelForCausalLM
+    loaded = auto.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     # Marked as quantised, `loaded` refuses to be saved, although its weights no longer are: another model takes them.
     del loaded.config.quantization_config
     with torch.random.fork_rng(devices=[]):
-        fresh = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+        fresh = auto.from_config(loaded.config, dtype=torch.float32, trust_remote_code=False)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
-    fresh.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    fresh.save_pretrained(to)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+    tokenizer.save_pretrained(to)
 
 
 @MODEL_SOURCES.register("smollm2-135m-instruct")

@@ -16,6 +16,7 @@ from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PROMPT, PackedBatch
 from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
 from lightrft_lightning.models.logprobs import check_layout, replaced_forward
+from lightrft_lightning.models.remote_code import code_refused
 from lightrft_lightning.models.streaming import parameters_on_meta
 
 if TYPE_CHECKING:
@@ -57,16 +58,18 @@ def load_scalar_model(
 def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, bool]:
     transformers = import_extra("transformers", "hf")
     try:
-        config = transformers.AutoConfig.from_pretrained(found)
+        with code_refused(found):
+            config = transformers.AutoConfig.from_pretrained(found, trust_remote_code=False)
         classifies = any("SequenceClassification" in name for name in config.architectures or ())
         if classifies and config.num_labels != 1:
             raise ValueError(
                 f"{found} is a classifier with {config.num_labels} labels: a reward or value model has one"
             )
         config.num_labels = 1
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            found, config=config, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
-        )
+        named = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
+        auto = transformers.AutoModelForSequenceClassification
+        with code_refused(found):
+            model, report = auto.from_pretrained(found, dtype=dtype, trust_remote_code=False, **named)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
     head = {f"{name}.weight" for name, module in model.named_modules() if module is scalar_head(model)}
@@ -82,8 +85,9 @@ def with_scalar_head(causal_lm: Any) -> Any:
     config.num_labels = 1
     config.architectures = None
     auto = import_extra("transformers", "hf").AutoModelForSequenceClassification
-    with torch.random.fork_rng(devices=[]):
-        model = auto.from_config(config, dtype=causal_lm.dtype, attn_implementation=config._attn_implementation)
+    named = {"dtype": causal_lm.dtype, "attn_implementation": config._attn_implementation}
+    with torch.random.fork_rng(devices=[]), code_refused(config.name_or_path or type(causal_lm).__name__):
+        model = auto.from_config(config, trust_remote_code=False, **named)
     model.base_model.load_state_dict(causal_lm.base_model.state_dict())
     nn.init.zeros_(scalar_head(model).weight)
     return model

@@ -23,6 +23,7 @@ from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.loading import load_config
 from lightrft_lightning.models.logprobs import completion_logprobs
+from lightrft_lightning.models.remote_code import code_refused
 from lightrft_lightning.models.scalar import completion_values
 from lightrft_lightning.planning.machine import UNKNOWN, Machine, process_bytes
 from lightrft_lightning.planning.passes import Passes, Sizes, passes_of, sizes_of
@@ -189,7 +190,7 @@ def _critic_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
     config = copy.deepcopy(config)
     config.num_labels, config.pad_token_id = 1, 0
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: nn.Module = auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     return model.train()
 
 
@@ -243,7 +244,9 @@ def build(planned: Planned, dtype: torch.dtype = torch.float32) -> nn.Module:
     source = planned.model
     if not isinstance(source, transformers.PretrainedConfig):
         source = load_config(source)
-    model = transformers.AutoModelForCausalLM.from_config(source, dtype=dtype, attn_implementation="sdpa")
+    auto = transformers.AutoModelForCausalLM
+    with code_refused(source.name_or_path or planned.model):
+        model = auto.from_config(source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
     if planned.lora_rank:
         peft = import_extra("peft", "hf")
         model = peft.get_peft_model(model, peft.LoraConfig(r=planned.lora_rank, target_modules="all-linear"))
