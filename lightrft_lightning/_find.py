@@ -1,13 +1,18 @@
-"""From a name or a path that a user writes to the function or class that it stands for."""
+"""From a name or a path that a user writes to the function or class that it stands for.
+
+A name that stands in a checkpoint was written by whoever made it: of these, only what is registered is built.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +22,53 @@ from lightrft_lightning._registry import Registry
 
 FILE_MODULES = "lightrft_file_"
 """How the names of modules begin that are files of the user."""
+
+_given: ContextVar[frozenset[str] | None] = ContextVar("given", default=None)
+"""Inside of `settings_of_a_checkpoint`: what its caller has named himself."""
+
+
+@contextlib.contextmanager
+def settings_of_a_checkpoint(given: Any, *, trusted: bool = False) -> Iterator[None]:
+    """Inside, `check_named` lets nothing pass but what the caller names himself.
+
+    Args:
+        given: what he has passed; the strings in it count as named.
+        trusted: he has said that the file may run code (``weights_only=False``).
+    """
+    token = _given.set(None if trusted else frozenset(_strings(given)))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def check_named(kind: str, value: str, argument: str) -> None:
+    """Refuse what stands in a checkpoint, and would run code or give away a secret.
+
+    Args:
+        kind: what it is, for the message.
+        value: the name.
+        argument: under which the caller can pass it.
+
+    Raises:
+        ValueError: the caller has not named it himself.
+    """
+    given = _given.get()
+    if given is not None and value not in given:
+        raise ValueError(
+            f"{kind} {value!r} is named in the checkpoint, and only registered names are built from one: pass it "
+            f"yourself, load_from_checkpoint(path, {argument}), or weights_only=False if you trust the file"
+        )
 
 
 def find(path: str, registry: Registry[Any], noun: str = "function") -> Any:
@@ -28,12 +80,13 @@ def find(path: str, registry: Registry[Any], noun: str = "function") -> Any:
         noun: what it is in Python, for messages.
 
     Raises:
-        ValueError: no such name; the message names the nearest one.
+        ValueError: no such name; the message names the nearest one. Or a checkpoint names it, see `check_named`.
         FileNotFoundError: no such file.
     """
     kind = registry.kind
     if path in registry:
         return registry[path]
+    check_named(kind, path, f"{'environment' if kind == 'environment' else f'{kind}s'}=...")
     if ".py:" in path:
         file, name = path.rsplit(":", 1)
         module = _load_file(Path(file), kind)

@@ -12,6 +12,7 @@ import torch
 
 from lightrft_lightning import algorithms
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._find import check_named
 from lightrft_lightning._trainer import LR_SCHEDULES
 from lightrft_lightning.critic import Critic
 from lightrft_lightning.experience.trajectory import SamplingParams
@@ -85,6 +86,8 @@ class Settings(pl.LightningModule):
         return self.trainer.strategy  # type: ignore[return-value]
 
     def _check_settings(self) -> None:
+        if not self.attn_implementation.isidentifier():  # "organisation/kernel" is fetched from the hub and run
+            check_named("attn_implementation", self.attn_implementation, "attn_implementation=...")
         for registry, name in (
             (algorithms.ADVANTAGES, self.advantage_estimator),
             (algorithms.POLICY_LOSSES, self.policy_loss),

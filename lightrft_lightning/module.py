@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -641,10 +640,16 @@ class RLHFModule(Update):
     @classmethod
     @override
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> RLHFModule:  # type: ignore[override]
-        """As Lightning's, also for the folders that this package's strategies write; in one process."""
-        if Path(checkpoint_path).is_dir():
-            return load_module(cls, Path(checkpoint_path), *args, **kwargs)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        """As Lightning's, also for the folders that this package's strategies write; in one process.
+
+        Of the rewards and environments that the checkpoint names, registered ones are built. Any other name in it is an
+        error, unless it is passed here, like ``rewards="file.py:mine"``, or with ``weights_only=False``, which lets the
+        checkpoint run any code.
+
+        Raises:
+            ValueError: such a name.
+        """
+        return load_module(cls, checkpoint_path, *args, **kwargs)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

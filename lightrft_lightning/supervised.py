@@ -6,7 +6,6 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -280,10 +279,16 @@ class SupervisedModule(pl.LightningModule):
     @classmethod
     @override
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> SupervisedModule:  # type: ignore[override]
-        """As Lightning's, also for the folders that this package's strategies write; in one process."""
-        if Path(checkpoint_path).is_dir():
-            return load_module(cls, Path(checkpoint_path), *args, **kwargs)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        """As Lightning's, also for the folders that this package's strategies write; in one process.
+
+        Of the rewards and environments that the checkpoint names, registered ones are built. Any other name in it is an
+        error, unless it is passed here, like ``rewards="file.py:mine"``, or with ``weights_only=False``, which lets the
+        checkpoint run any code.
+
+        Raises:
+            ValueError: such a name.
+        """
+        return load_module(cls, checkpoint_path, *args, **kwargs)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

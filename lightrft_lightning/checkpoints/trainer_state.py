@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.core.saving import _load_from_checkpoint, _load_state, load_hparams_from_yaml
 from torch import Tensor
 from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
 
+from lightrft_lightning._find import settings_of_a_checkpoint
 from lightrft_lightning.checkpoints import folder, store
 from lightrft_lightning.checkpoints.flat import FlatTensor
 from lightrft_lightning.checkpoints.folder import CheckpointError
@@ -184,22 +185,44 @@ def asked_weights_only() -> bool | None:
 
 def load_module(
     cls: type[M],
-    path: Path,
+    path: Any,
     map_location: Any = None,
+    hparams_file: Any = None,
     strict: bool | None = None,
     weights_only: bool | None = None,
     **settings: Any,
 ) -> M:
-    """``cls.load_from_checkpoint`` for a folder, in one process.
+    """``cls.load_from_checkpoint``, in one process; of the names in the checkpoint only registered ones are built.
 
     Args:
         cls: the module's class.
-        path: the folder.
-        map_location: a device for the module.
+        path: the folder that this package's strategies write, or one of Lightning's files.
+        map_location: a device for the module; of a file whatever Lightning takes.
+        hparams_file: of a file, where the settings stand in place of the checkpoint.
         strict: every tensor must be there and no other; default: as the module says.
         weights_only: False runs whatever code it asks for.
         **settings: arguments of `cls` in place of the saved ones.
+
+    Raises:
+        ValueError: a name in the checkpoint that is not registered, or `hparams_file` for a folder.
+        CheckpointError: it is incomplete, damaged or holds code.
     """
+    trusted = weights_only is False
+    if not trusted:
+        settings["_instantiator"] = None  # a checkpoint may ask Lightning to build any class by its path
+    named = [settings, {} if hparams_file is None else load_hparams_from_yaml(hparams_file)]
+    with settings_of_a_checkpoint(named, trusted=trusted):
+        if not Path(path).is_dir():
+            more = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **settings}
+            return _load_from_checkpoint(cls, path, weights_only=not trusted, **more)  # type: ignore[return-value]
+        if hparams_file is not None:
+            raise ValueError(f"hparams_file={str(hparams_file)!r}: {path} is a folder with settings of its own")
+        return _load_folder(cls, Path(path), map_location, strict, weights_only, settings)
+
+
+def _load_folder(
+    cls: type[M], path: Path, map_location: Any, strict: bool | None, weights_only: bool | None, settings: Any
+) -> M:
     from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
     checkpoint = read(path, Ranks(), weights_only, TorchCheckpointIO())

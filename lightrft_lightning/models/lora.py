@@ -35,6 +35,8 @@ def check_adapters(model: Any, lora: Mapping[str, Any] | None, quantization: str
         raise ValueError(f"lora={dict(lora)!r}: the model has adapters already, leave lora out")
     known = [field.name for field in dataclasses.fields(import_extra("peft", "hf").LoraConfig)]
     for name in lora:
+        if name.startswith("megatron_"):  # peft imports whatever module it names
+            raise ValueError(f"lora={dict(lora)!r}: {name!r} is for Megatron's layers, leave it out")
         if name not in known:
             raise ValueError(f"lora={dict(lora)!r}: {unknown_name('setting of peft.LoraConfig', name, known)}")
     _lora_config(lora)

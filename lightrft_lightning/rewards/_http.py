@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._find import check_named
 
 
 class ServerError(RuntimeError):
@@ -94,6 +95,8 @@ class Servers:
         for name, (ok, allowed) in checks.items():
             if not ok:
                 raise ValueError(f"{name}={self._settings[name]!r}: must be {allowed}")
+        if key_env is not None:
+            check_named("key_env", key_env, "rewards=...")
         if key_env is not None and not os.environ.get(key_env):
             raise ValueError(f"key_env={key_env!r}: the environment variable is not set")
         self.timeout, self.retries, self.backoff, self.max_bytes = timeout, retries, backoff, max_bytes
