@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightrft_lightning.engines.base import EngineError, RolloutEngine
+from lightrft_lightning.models.lora import check_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +92,7 @@ class RolloutCallback(Callback, RolloutEngine):
                 "In a loop of your own, call `strategy.setup_inference_engine(...)` instead."
             )
         assert pl_module.actor is not None
+        check_policy(pl_module.actor, type(self).__name__, self.has_copy)
         self.strategy = pl_module.strategy
         self.connect(pl_module.actor, pl_module.tokenizer)
 

@@ -12,6 +12,7 @@ from lightrft_lightning.config import EngineType, StrategyConfig
 from lightrft_lightning.engines.base import RolloutEngine
 from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models.loading import load_tokenizer
+from lightrft_lightning.models.lora import check_policy
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
@@ -35,6 +36,7 @@ def create_engine(
     engine.strategy = strategy
     if isinstance(engine, RolloutCallback):
         model = weights.model
+        check_policy(model, type(engine).__name__, engine.has_copy)
         engine.connect(model, tokenizer if tokenizer is not None else load_tokenizer(model.config.name_or_path))
         try:
             if engine.has_copy:

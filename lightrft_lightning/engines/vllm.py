@@ -147,8 +147,8 @@ class VLLMRollout(EngineWithCopy):
             return
         defaults = {}
         if self.lora == "adapter":
-            rank = max(layer.r[active_adapter(model)] for layer in layers(model).values())
             matrices(model)  # refuses what an adapter cannot hold
+            rank = max(layer.r[active_adapter(model)] for layer in layers(model).values())
             defaults = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
         self.tokenizer = tokenizer
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft_vllm_")

@@ -47,7 +47,8 @@ class PolicyWeights:
     """The weights of a policy as an engine's loader expects them; iterating gathers them, on all ranks together.
 
     Whole tensors, named as in a Hugging Face checkpoint. A tied tensor comes under all of its names (an engine that
-    keeps a repacked copy for the output head would otherwise keep the old one), LoRA is merged into its base weights.
+    keeps a repacked copy for the output head would otherwise keep the old one). Adapters are merged into the weights,
+    and the merged weights are proved to compute what the layers with their adapters compute (`models.merging`).
 
     Args:
         strategy: holds the weights.
@@ -55,26 +56,17 @@ class PolicyWeights:
         adapter: False leaves LoRA matrices out instead of merging them.
 
     Raises:
-        ValueError: while iterating: adapters that cannot be merged.
+        MergeError: while iterating: adapters that cannot be merged, or merged weights that compute something else.
     """
 
     def __init__(self, strategy: StrategyBase, model: nn.Module, adapter: bool = True) -> None:
         self.strategy, self._with_adapter = strategy, adapter
         inner: Any = model if hasattr(model, "config") else getattr(model, "model", model)
         self.model = inner
-        self._aliases: dict[str, list[str]] = {}
-        first: dict[Tensor, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if first.setdefault(parameter, name) != name:
-                self._aliases.setdefault(first[parameter], []).append(name)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         tensors = dequantized(self.model, self.strategy.named_full_tensors(self.model))
-        if lora.has_adapters(self.model):
-            tensors = lora.merged(self.model, tensors) if self._with_adapter else lora.without(self.model, tensors)
-        for name, tensor in tensors:
-            for alias in (name, *self._aliases.get(name, ())):
-                yield alias.removeprefix("base_model.model."), tensor
+        return lora.merged(self.model, tensors) if self._with_adapter else lora.without(self.model, tensors)
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapter's matrices alone, on all ranks together, under the names of PEFT's own files."""

@@ -56,6 +56,22 @@ def save_without_weights(model: Any, tokenizer: Any, folder: str) -> None:
         inner.generation_config.save_pretrained(folder)
 
 
+def on_meta(inner: Any) -> Any:
+    """A model like `inner` without PEFT and without memory for its parameters.
+
+    Raises:
+        ValueError: the class cannot be built from the config that the model has.
+    """
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    try:
+        with torch.device("meta"):
+            made: Any = _unsharded_class(base)(plain_config(base.config))
+    except Exception as err:
+        raise ValueError(f"no {type(base).__name__} can be built from the model's config: {err}") from err
+    made.generation_config = getattr(base, "generation_config", None)
+    return made
+
+
 def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     """A plain model in CPU memory like the sharded one `inner`.
 
@@ -63,10 +79,8 @@ def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
         inner: a Hugging Face or PEFT model, whatever state its own parameters are in.
         weights: its whole parameters by name; the copy takes them over.
     """
+    made = on_meta(inner)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    with torch.device("meta"):
-        made: Any = _unsharded_class(base)(plain_config(base.config))
-    made.generation_config = getattr(base, "generation_config", None)
     if base is not inner:
         made = _with_adapters(made, inner)
     buffers = {n: b.detach().cpu() for n, b in inner.named_buffers() if n in made.state_dict()}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning.models.export import on_meta
+from lightrft_lightning.models.merging import check_mergeable, comes_apart, plain_tensors, units
 from lightrft_lightning.models.quantized import QUANTIZATIONS
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -74,18 +76,65 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def check_policy(model: Any, engine: str, has_copy: bool) -> None:
+    """Refuse adapters with which an engine would sample from another policy than the one that is trained.
+
+    Args:
+        model: a policy, with adapters or without.
+        engine: name of the engine, for the message.
+        has_copy: whether it has weights of its own, into which the adapters are merged.
+
+    Raises:
+        ValueError: the message names the layer and what to do.
+    """
+    if not has_adapters(model):
+        return
+    for unit in units(model):
+        if getattr(unit.module, "merged", False):
+            raise ValueError(f"{unit.path}: its adapter is merged, so nothing is trained: call unmerge_adapter() first")
+        if getattr(unit.module, "disable_adapters", False):
+            raise ValueError(f"{unit.path}: its adapter is switched off: call enable_adapter_layers() first")
+    try:
+        plain = on_meta(model)
+        if has_copy:
+            check_mergeable(model, plain)
+        tied = comes_apart(model, plain)
+    except ValueError as err:
+        raise ValueError(
+            f"{engine} cannot hold a policy with these adapters, {described(model)}: {str(err).rstrip('.')}. "
+            "Change them, or generate with TransformersRollout, which uses the model itself"
+        ) from err
+    if tied is not None:
+        raise ValueError(
+            f"the adapters, {described(model)}, take {tied[0]} and {tied[1]} apart, which are one tensor in a model of "
+            "this config: leave them out of target_modules and modules_to_save, or modules_to_save=['lm_head'] with "
+            "ensure_weight_tying=True, or start from a model saved with tie_word_embeddings=False"
+        )
+
+
+def described(model: Any) -> str:
+    """The settings of the adapters, without those that are PEFT's defaults."""
+    return "; ".join(f"{config.peft_type.value} {_changed(config)}" for config in model.peft_config.values())
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    usual = dataclasses.asdict(type(config)())
+    unsaid = {"task_type", "peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "runtime_config"}
+    named = {name: getattr(config, name) for name in usual if name not in unsaid}
+    if isinstance(modules := named.get("target_modules"), set | list):
+        named["target_modules"] = sorted({name.rpartition(".")[2] for name in modules})
+    return {name: value for name, value in named.items() if value != usual[name]}
+
+
 def active_adapter(model: Any) -> str:
     """The one adapter that the model computes with.
 
     Raises:
-        ValueError: there is none, or several, or one that is not plain LoRA of linear layers.
+        ValueError: there is none, or several.
     """
     adapters = list(model.active_adapters) if has_adapters(model) else []
     if len(adapters) != 1:
         raise ValueError(f"the active adapters are {adapters}: an engine can be sent exactly one")
-    for name, layer in layers(model).items():
-        if adapters[0] in getattr(layer, "lora_magnitude_vector", {}) or adapters[0] in layer.lora_embedding_A:
-            raise ValueError(f"{name}: only plain LoRA of linear layers can be merged, or sent, to an engine")
     return str(adapters[0])
 
 
@@ -95,54 +144,36 @@ def layers(model: Any) -> dict[str, Any]:
 
 
 def merged(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Base weights plus the active adapter's ``scaling * B @ A``, under the names that they have without PEFT."""
-    adapter, wrapped = active_adapter(model), layers(model)
-    weights: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        where, part = _split(name, wrapped)
-        if not where:
-            if ".original_module." not in name:
-                yield name.replace(f".modules_to_save.{adapter}.", "."), tensor
-        elif part == "base_layer.weight" and adapter in wrapped[where].lora_A:
-            weights[where] = tensor.clone()
-        elif part.startswith("base_layer."):
-            yield f"{where}.{part.removeprefix('base_layer.')}", tensor
-        elif part == f"lora_A.{adapter}.weight":
-            inputs[where] = tensor.clone()
-        elif part == f"lora_B.{adapter}.weight":
-            layer, weight = wrapped[where], weights.pop(where)
-            delta = (tensor.float() @ inputs.pop(where).float()) * layer.scaling[adapter]
-            yield f"{where}.weight", (weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype)
+    """As `plain_tensors`: the adapters in the weights, under the names that these have without PEFT."""
+    return plain_tensors(model, tensors)
 
 
 def without(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Base weights under the names that they have without PEFT; the adapter is left out."""
-    wrapped = layers(model)
-    for name, tensor in tensors:
-        where, part = _split(name, wrapped)
-        if not where:
-            yield name, tensor
-        elif part.startswith("base_layer."):
-            yield f"{where}.{part.removeprefix('base_layer.')}", tensor
+    return plain_tensors(model, tensors, merge=False)
 
 
 def matrices(model: Any) -> dict[str, str]:
     """Names of the active adapter's matrices among the model's parameters, and in PEFT's own files.
 
     Raises:
-        ValueError: the model trains something else than LoRA matrices.
+        ValueError: the model computes, or trains, something else than base weights and LoRA matrices of one scale.
     """
     adapter, names = active_adapter(model), {}
+    for name, layer in layers(model).items():
+        config = model.peft_config[adapter]
+        scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        plain = (
+            type(layer).__name__.startswith("Linear") and not layer.lora_variant and not any(layer.lora_bias.values())
+        )
+        if not plain or layer.scaling.get(adapter, scale) != scale:
+            raise ValueError(
+                f"{name}, {described(model)}: only plain LoRA of linear layers with one rank and lora_alpha can be "
+                "sent as an adapter: use lora='merged'"
+            )
     for name, parameter in model.named_parameters():
         if name.endswith((f".lora_A.{adapter}.weight", f".lora_B.{adapter}.weight")):
             names[name] = name.removesuffix(f".{adapter}.weight") + ".weight"
         elif parameter.requires_grad:
             raise ValueError(f"{name} is trained, but an adapter holds LoRA matrices only: use lora='merged'")
     return names
-
-
-def _split(name: str, wrapped: Iterable[str]) -> tuple[str, str]:
-    """The LoRA layer that a parameter belongs to, if any, and the rest of its name."""
-    where = next((layer for layer in wrapped if name.startswith(f"{layer}.")), "")
-    return where, name[len(where) + 1 :]

@@ -241,9 +241,19 @@ def test_lora_comes_merged_under_the_base_models_names(tiny_model, settings):
         torch.testing.assert_close(sent[name], parameter, rtol=1e-6, atol=1e-6)
 
 
-def test_adapters_that_cannot_be_merged_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="only plain LoRA of linear layers can be merged"):
-        dict(PolicyWeights(FakeStrategy(), lora(tiny_model, use_dora=True)))
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}}],
+)
+def test_what_is_no_plain_lora_is_not_sent_as_an_adapter(tiny_model, settings):
+    with pytest.raises(ValueError, match=r"q_proj, LORA .*: only plain LoRA of linear layers .*: use lora='merged'"):
+        PolicyWeights(FakeStrategy(), lora(tiny_model, **settings)).adapter()
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}])
+def test_what_is_trained_beside_matrices_is_not_sent_as_an_adapter(tiny_model, settings):
+    with pytest.raises(ValueError, match="is trained, but an adapter holds LoRA matrices only: use lora='merged'"):
+        PolicyWeights(FakeStrategy(), lora(tiny_model, **settings)).adapter()
 
 
 @pytest.mark.parametrize(

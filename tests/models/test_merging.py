@@ -1,0 +1,192 @@
+"""Adapters in the weights: what an engine or a folder gets computes what the layers with their adapters compute."""
+
+from __future__ import annotations
+
+import functools
+
+import peft
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from lightrft_lightning import FakeStrategy
+from lightrft_lightning.engines.weight_sync import PolicyWeights
+from lightrft_lightning.models.export import on_meta
+from lightrft_lightning.models.lora import check_policy
+from lightrft_lightning.models.merging import MergeError, check_mergeable, comes_apart, plain_tensors
+
+SIZES = {
+    "vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32,
+}  # fmt: skip
+EXPERTS = {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "moe": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "gpt2": transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+}
+QV = ["q_proj", "v_proj", "c_attn"]
+MATRICES = ["q_proj", "down_proj"]
+lora = functools.partial(LoraConfig, task_type="CAUSAL_LM", r=2)
+ADAPTERS = {
+    "all linear layers": (lora(target_modules="all-linear"), "llama tied qwen2 moe gpt2"),
+    "biases of lora": (lora(target_modules=QV, lora_bias=True), "qwen2 gpt2"),
+    "all biases": (lora(target_modules=QV, bias="all"), "qwen2 gpt2"),
+    "rslora": (lora(target_modules=QV, use_rslora=True), "llama gpt2"),
+    "dora": (lora(target_modules=[*QV, "embed_tokens"], use_dora=True), "llama gpt2"),
+    "ranks": (lora(target_modules=QV, rank_pattern={"v_proj": 3}, alpha_pattern={"q_proj": 3}), "qwen2 moe"),
+    "pissa": (lora(target_modules=QV, init_lora_weights="pissa"), "tied gpt2"),
+    "olora": (lora(target_modules=QV, init_lora_weights="olora"), "qwen2"),
+    "some tokens": (lora(target_modules=QV, trainable_token_indices=[5, 6]), "llama tied moe gpt2"),
+    "embeddings": (lora(target_modules=[*QV, "embed_tokens", "lm_head"]), "llama moe"),
+    "a saved head": (lora(target_modules=QV, modules_to_save=["lm_head", "norm"]), "llama moe"),
+    "a head saved with its embeddings": (
+        lora(target_modules=QV, modules_to_save=["lm_head"], ensure_weight_tying=True), "tied gpt2",
+    ),
+    "layers twice": (lora(target_modules=QV, layer_replication=[(0, 2), (1, 2)]), "llama"),
+    "ia3": (peft.IA3Config(task_type="CAUSAL_LM", target_modules=QV, feedforward_modules=[]), "qwen2 gpt2"),
+    "loha": (peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=MATRICES), "llama"),
+    "lokr": (peft.LoKrConfig(task_type="CAUSAL_LM", r=2, target_modules=MATRICES), "llama"),
+    "oft": (peft.OFTConfig(task_type="CAUSAL_LM", oft_block_size=4, target_modules=MATRICES), "llama"),
+    "vera": (peft.VeraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "c_attn"]), "tied gpt2"),
+}  # fmt: skip
+TABLE = [(adapter, kind) for adapter, (_, kinds) in ADAPTERS.items() for kind in kinds.split()]
+
+
+def plain(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def trained(settings, kind, copy=True):
+    """A model whose adapters are no longer what they were at the start."""
+    if copy:  # PEFT fills in what it finds in the model
+        settings = type(settings)(**{k: v for k, v in settings.to_dict().items() if k in settings.__dataclass_fields__})
+    model = get_peft_model(plain(type(CONFIGS[kind])(**CONFIGS[kind].to_dict())), settings).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def logprobs(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 13)[None]).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize(("adapter", "kind"), TABLE)
+def test_a_copy_with_the_weights_that_are_sent_computes_what_was_trained(adapter, kind):
+    model = trained(ADAPTERS[adapter][0], kind)
+    check_policy(model, "Engine", has_copy=True)
+    copied = plain(model.config)
+    before = logprobs(copied)
+    sent = {name: tensor.clone() for name, tensor in PolicyWeights(FakeStrategy(), model)}
+    assert copied.load_state_dict(sent, strict=False).unexpected_keys == []
+    torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-4, rtol=0)
+    assert adapter == "layers twice" or (logprobs(model) - before).abs().max() > 1e-2
+
+
+def test_several_adapters_at_once_and_one_that_is_off():
+    model = trained(lora(target_modules=["q_proj"]), "qwen2")
+    model.add_adapter("second", lora(target_modules=["q_proj", "down_proj"], use_dora=False, lora_alpha=5))
+    model.base_model.set_adapter(["default", "second"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    for active in (["default", "second"], ["second"]):
+        model.base_model.set_adapter(active)
+        copied = plain(CONFIGS["qwen2"])
+        copied.load_state_dict(dict(plain_tensors(model, model.named_parameters())))
+        torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-4, rtol=0)
+    copied.load_state_dict(dict(plain_tensors(model, model.named_parameters(), merge=False)))
+    assert torch.equal(logprobs(copied), logprobs(plain(CONFIGS["qwen2"])))
+
+
+def test_weights_of_16_bits_are_merged_in_32_and_rounded_once():
+    model = trained(lora(target_modules=["q_proj"]), "llama")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    delta = layer.get_delta_weight("default").detach()
+    wanted = (layer.base_layer.weight.detach().bfloat16().float() + delta).bfloat16()
+    layer.base_layer.bfloat16()
+    sent = dict(plain_tensors(model, model.named_parameters()))["model.layers.0.self_attn.q_proj.weight"]
+    assert sent.dtype == torch.bfloat16 and torch.equal(sent, wanted)
+
+
+@pytest.mark.parametrize("adapter", ["all linear layers", "biases of lora", "dora", "some tokens"])
+@pytest.mark.parametrize("wrong", ["nothing is added", "too much is added"])
+def test_a_wrong_merge_is_found_in_every_update(monkeypatch, adapter, wrong):
+    settings, kinds = ADAPTERS[adapter]
+    model = trained(settings, kinds.split()[0])
+    layers = [peft.tuners.lora.Linear, peft.tuners.lora.Embedding, peft.tuners.trainable_tokens.TrainableTokensLayer]
+    for layer in layers:
+        merge = layer.merge
+
+        def off(self, *args, merge=merge, **kwargs):
+            if wrong == "too much is added":
+                merge(self, *args, **kwargs)
+                self.get_base_layer().weight.data *= 1.01
+
+        monkeypatch.setattr(layer, "merge", off)
+    with pytest.raises(MergeError, match=r"its merged weights compute something else than the layer with its adapter"):
+        dict(plain_tensors(model, model.named_parameters()))
+    with pytest.raises(MergeError, match="compute something else"):  # also before anything was learnt
+        check_mergeable(
+            get_peft_model(plain(CONFIGS["qwen2"]), lora(target_modules=QV[:2])), on_meta(plain(CONFIGS["qwen2"]))
+        )
+
+
+def test_a_lost_bias_is_found(monkeypatch):
+    model = trained(ADAPTERS["biases of lora"][0], "qwen2")
+    merge = peft.tuners.lora.Linear.merge
+
+    def without_bias(self, *args, **kwargs):
+        bias = self.base_layer.bias.data.clone()
+        merge(self, *args, **kwargs)
+        self.base_layer.bias.data = bias
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", without_bias)
+    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: its merged weights compute something else"):
+        dict(plain_tensors(model, model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        (lora(target_modules=["o_proj"], lora_bias=True), "qwen2", r"'lora_bias': True.*o_proj: PEFT cannot merge"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "llama", "prompt_encoder.*of no layer"),
+        (lora(target_modules=QV, alora_invocation_tokens=[3]), "llama", "q_proj: PEFT cannot merge its adapter: "),
+        (lora(target_modules=QV, layer_replication=[(0, 2), (0, 2)]), "qwen2", "can be built from the model's config"),
+    ],
+)  # fmt: skip
+def test_adapters_that_no_engine_can_hold_are_refused_for_one_with_a_copy(settings, kind, message):
+    model = trained(settings, kind)
+    with pytest.raises(ValueError, match=f"Engine cannot hold a policy with these adapters.*{message}.*Transformers"):
+        check_policy(model, "Engine", has_copy=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}],
+)
+def test_adapters_that_take_tied_weights_apart_are_refused(settings):
+    model = trained(lora(**{"target_modules": QV, **settings}), "tied")
+    assert comes_apart(model, on_meta(model)) == ("model.embed_tokens.weight", "lm_head.weight")
+    with pytest.raises(ValueError, match=r"take model.embed_tokens.weight and lm_head.weight apart.*tie_word_embedd"):
+        check_policy(model, "Engine", has_copy=False)
+
+
+def test_adapters_that_are_not_trained_are_refused():
+    model = trained(lora(target_modules=QV), "llama")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj: its adapter is merged, so nothing is trained: call unmerge_adapter"):
+        check_policy(model, "Engine", has_copy=False)
+    model.unmerge_adapter()
+    model.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"q_proj: its adapter is switched off: call enable_adapter_layers"):
+        check_policy(model, "Engine", has_copy=False)
