@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PackedBatch
+from lightrft_lightning.models.outputs import plain_outputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +96,8 @@ def completion_logprobs(
             # The other fields (a mixture of experts' router logits) stay, because the model's forward may read them.
             rest = {**output, "last_hidden_state": hidden_NH[None]}
             given = replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest))
-            with given, replaced_forward(output_head, head_forward):
+            # Also here, as the backward pass runs it again.
+            with given, replaced_forward(output_head, head_forward), plain_outputs(causal_lm):
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
@@ -108,7 +110,7 @@ def completion_logprobs(
     inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
     if batch.shared:  # right-padded rows have the positions that every model assumes by itself
         inputs["position_ids"] = batch.position_ids
-    with replaced_forward(causal_lm, forward):
+    with replaced_forward(causal_lm, forward), plain_outputs(causal_lm):
         return model(**inputs)
 
 

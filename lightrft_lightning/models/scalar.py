@@ -17,6 +17,7 @@ from lightrft_lightning.experience.packing import PROMPT, PackedBatch
 from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
 from lightrft_lightning.models.logprobs import check_layout, replaced_forward
 from lightrft_lightning.models.remote_code import code_refused
+from lightrft_lightning.models.outputs import plain_outputs
 from lightrft_lightning.models.streaming import parameters_on_meta
 
 if TYPE_CHECKING:
@@ -161,6 +162,6 @@ def _numbers_at(model: Any, batch: PackedBatch, row: Tensor, column: Tensor) -> 
     inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
     if batch.shared:
         inputs["position_ids"] = batch.position_ids
-    with replaced_forward(model, forward):
+    with replaced_forward(model, forward), plain_outputs(model):
         numbers = model(**inputs)[:, 0]
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
