@@ -9,11 +9,9 @@ speculative decoding. Who needs those takes the vLLM or SGLang engine.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,12 +24,20 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.engines.memory import (
+    Memory,
+    PaddedCache,
+    check_weights_stay,
+    settle_memory,
+    weight_versions,
+)
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
 from lightrft_lightning.models.attention import without_flex_attention
 from lightrft_lightning.models.layers import evaluating, uncompiled
+from lightrft_lightning.models.outputs import plain_outputs
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Dropping rows, and letting others in, copies the cache of those that stay. Waiting until an eighth of the batch is
 # finished bounds all copies of one call together by eight times the cache.
@@ -69,10 +75,28 @@ class TransformersRollout(RolloutCallback):
             raise ValueError(f"TransformersRollout(max_batch_size={max_batch_size!r}): must be at least 1, or None")
         self.max_batch_size = max_batch_size
         self._model: PreTrainedModel | None = None
+        self._memory: type[Memory] | None = None
 
     @override
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if model is not self._model:
+            self._memory = None
         self._model, self.tokenizer = model, tokenizer
+
+    def settle(self) -> None:
+        """Find out, once for a model, how to generate with it; `generate` does it. With whole weights.
+
+        Raises:
+            ValueError: token by token it does not compute what it computes for a whole text, or it changes its weights.
+        """
+        if self._memory is not None or self._model is None:
+            return
+        before = weight_versions(self._model)
+        with torch.no_grad(), _generating(self._model):
+            memory = settle_memory(self._model)
+        if weight_versions(self._model) != before:
+            check_weights_stay(self._model)
+        self._memory = memory
 
     @override
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -81,7 +105,7 @@ class TransformersRollout(RolloutCallback):
 
     @override
     def close(self) -> None:
-        self._model = self.tokenizer = self.strategy = None
+        self._model = self._memory = self.tokenizer = self.strategy = None
 
     @override
     def generate(
@@ -91,7 +115,8 @@ class TransformersRollout(RolloutCallback):
 
         Raises:
             RuntimeError: `connect` was not called, or the model's logits are not finite.
-            ValueError: a prompt is empty, or too long for the model together with `max_new_tokens`.
+            ValueError: a prompt is empty, or too long for the model together with `max_new_tokens`; or the model
+                computes something else token by token than for a whole text, which is looked at once.
         """
         groups = dict(self._groups(prompts, sampling, streams))
         return [groups[i] for i in range(len(prompts))]
@@ -119,7 +144,9 @@ class TransformersRollout(RolloutCallback):
         }
         whole = nullcontext() if self.strategy is None else self.strategy.gathered_parameters(self._model)
         with whole:
-            decoder = _Decoder(self._model, self.tokenizer, sampling, [row for i in order for row in groups[i]])
+            self.settle()
+            rows = [row for i in order for row in groups[i]]
+            decoder = _Decoder(self._model, self.tokenizer, sampling, rows, self._memory or PaddedCache)
             finished = decoder.run(self.max_batch_size or max(1, len(decoder.waiting)))
             while groups:
                 # no_grad rather than inference_mode: nothing made here may be refused by autograd when training
@@ -151,75 +178,27 @@ def _finished(group: Sequence[_Row] | None) -> bool:
     return group is not None and all(row.finish_reason is not None for row in group)
 
 
-@dataclass
-class _State:
-    """What decoding needs to know about B sequences of T tokens, left-padded: row b of everything is sequence b.
-
-    Attributes:
-        cache: keys and values of the T tokens.
-        mask: [B, T], 1 at tokens and 0 at padding.
-        logits: [B, V], float32, of the next token.
-    """
-
-    cache: Cache
-    mask: Tensor
-    logits: Tensor
-
-    @property
-    def can_grow(self) -> bool:
-        """Whether other sequences can join: not in a window, which counts the tokens of all of its rows together."""
-        dynamic_layer = import_extra("transformers.cache_utils", "hf").DynamicLayer
-        return all(type(layer) is dynamic_layer for layer in self._layers)
-
-    @property
-    def _layers(self) -> list[Any]:
-        return self.cache.layers  # annotated as what some kinds of layers lack
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows only, in this order; a row may be named several times."""
-        index = torch.tensor(rows, device=self.mask.device)
-        # Every kind of cache layer has this method, unlike `batch_select_indices`. (It is annotated too narrowly.)
-        self.cache.reorder_cache(index)  # type: ignore[arg-type]
-        self.mask, self.logits = self.mask[index], self.logits[index]
-        if self.can_grow:
-            self._pad(self.mask.shape[1] - int(self.mask.sum(-1).max()))
-
-    def join(self, other: _State) -> None:
-        """Append the rows of `other`, which loses its cache. Both `can_grow`."""
-        missing = other.mask.shape[1] - self.mask.shape[1]
-        self._pad(-max(missing, 0))
-        other._pad(-max(-missing, 0))
-        for mine, its in zip(self._layers, other._layers, strict=True):
-            mine.keys, mine.values = torch.cat([mine.keys, its.keys]), torch.cat([mine.values, its.values])
-            its.keys = its.values = None
-        self.mask, self.logits = torch.cat([self.mask, other.mask]), torch.cat([self.logits, other.logits])
-
-    def _pad(self, less: int) -> None:
-        """Take `less` columns of padding off, or add them if it is negative."""
-        if less == 0:
-            return
-        self.mask = nn.functional.pad(self.mask, (-less, 0))
-        for layer in self._layers:
-            layer.keys, layer.values = (nn.functional.pad(v, (0, 0, -less, 0)) for v in (layer.keys, layer.values))
-
-
 class _Decoder:
     """The sequences of one call, each prompt prefilled once, then one token a step for all that are in the batch."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingParams, rows: Iterable[_Row]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingParams,
+        rows: Iterable[_Row],
+        memory: type[Memory] = PaddedCache,
     ) -> None:
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.model, self.tokenizer, self.sampling, self.memory = model, tokenizer, sampling, memory
         self.waiting = deque(rows)
         # Rows that are finished run on until they leave the batch, but not to positions that the model does not have.
         self.last_position = max((len(row.prompt_ids) for row in self.waiting), default=0) + sampling.max_new_tokens - 1
         self.device = next(model.parameters()).device
-        self.accepted = _forward_arguments(model)
         self.eos_ids = _eos_ids(model, tokenizer)
         # A stop string of b bytes that ends in the newest token covers at most b tokens. One more, because some
         # tokenizers strip the space in front of the first token that they decode.
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 1
-        self._cut: tuple[tuple[int, ...], _State] | None = None
+        self._cut: tuple[tuple[int, ...], Memory] | None = None
         """A prompt of whose samples some wait, prefilled."""
 
     def run(self, limit: int) -> Iterator[_Row]:
@@ -239,19 +218,20 @@ class _Decoder:
                 if leave:
                     state.select(live)
                     rows, uniforms, tokens = [rows[k] for k in live], uniforms[live], tokens[live]
-                state.mask = nn.functional.pad(state.mask, (0, 1), value=1)
-                positions = (state.mask.sum(-1, keepdim=True) - 1).clamp(max=self.last_position)
-                state.logits = self.forward(tokens[:, None].to(self.device), state.mask, positions, state.cache)
+                state.add(tokens)
                 if leave and self.waiting and state.can_grow:
                     new, joining = self.admit(limit - len(rows))
                     state.join(joining)
                     rows, uniforms = rows + new, torch.cat([uniforms, self.draws(new)])
 
-    def admit(self, count: int) -> tuple[list[_Row], _State]:
-        """The next `count` sequences that wait, ready for their first token."""
+    def admit(self, count: int) -> tuple[list[_Row], Memory]:
+        """The next `count` sequences that wait, or as many of them as can be together, ready for their first token."""
         cut, self._cut = self._cut, None
         if cut is not None and not cut[1].can_grow:
             count = min(count, sum(row.prompt_ids == cut[0] for row in self.waiting))
+        if not self.memory.pads:
+            length = len(self.waiting[0].prompt_ids)
+            count = min(count, sum(len(row.prompt_ids) == length for row in self.waiting))
         rows = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
         unique = list(dict.fromkeys(row.prompt_ids for row in rows))
         if cut is None:
@@ -261,29 +241,14 @@ class _Decoder:
             if len(unique) > 1:
                 state.join(self.prefill(unique[1:]))
         if self.waiting and self.waiting[0].prompt_ids == unique[-1]:
-            rest = copy.deepcopy(state)
+            rest = state.copy()
             rest.select([len(unique) - 1])
             self._cut = unique[-1], rest
         state.select([unique.index(row.prompt_ids) for row in rows])
         return rows, state
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> _State:
-        transformers = import_extra("transformers", "hf")
-        longest = max(map(len, prompts))
-        # The padding's id does not matter, because the mask hides it; 0 is in every vocabulary.
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        cache = transformers.DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        return _State(cache, mask, self.forward(ids, mask, positions, cache))
-
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Run the model on new tokens [B, L]; returns the float32 logits [B, V] that follow the last one."""
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        kwargs = {name: value for name, value in optional.items() if name in self.accepted}
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
-        logits: Tensor = output.logits[:, -1].float()
-        return logits.cpu() if logits.device.type == "mps" else logits  # no float64 there, which the draw needs
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Memory:
+        return self.memory(self.model, prompts, self.last_position)
 
     def draws(self, rows: Sequence[_Row]) -> Tensor:
         """[B, max_new_tokens] uniform numbers in [0, 1), float64; row b depends on the seed and on rows[b] only."""
@@ -404,16 +369,16 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(ids)
 
 
-def _forward_arguments(model: Any) -> Mapping[str, inspect.Parameter]:
-    """What the model's forward can be told by name. A PEFT wrapper takes anything, so ask the model inside."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(inner.forward).parameters
-
-
 @contextmanager
 def _generating(model: PreTrainedModel) -> Iterator[None]:
     """What `model` is like while it generates."""
-    with evaluating(model), uncompiled(model), without_flex_attention(model), _grouped_attention():
+    with (
+        evaluating(model),
+        uncompiled(model),
+        without_flex_attention(model),
+        plain_outputs(model),
+        _grouped_attention(),
+    ):
         yield
 
 

@@ -77,6 +77,7 @@ def connect(tokenizer: PreTrainedTokenizerFast) -> Callable[..., TransformersRol
     def make(model: PreTrainedModel, **kwargs: int | None) -> TransformersRollout:
         engine = TransformersRollout(**kwargs)
         engine.connect(model, tokenizer)
+        engine.settle()  # here, so that what a test counts is generation alone
         return engine
 
     return make
@@ -222,8 +223,9 @@ def test_batching_does_not_change_the_tokens(name, max_batch_size, connect):
     sampling = SamplingParams(n=4, max_new_tokens=20, seed=3)
     prompts = [*PROMPTS, PROMPTS[0]]
     together = connect(model).generate(prompts, sampling)
+    engine = connect(model, max_batch_size=max_batch_size)
     forwards = Forwards(model)
-    cut = connect(model, max_batch_size=max_batch_size).generate(prompts, sampling)
+    cut = engine.generate(prompts, sampling)
     assert ids(cut) == ids(together)
     for a, b in zip([c for g in cut for c in g], [c for g in together for c in g], strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4) and a.finish_reason == b.finish_reason
@@ -385,8 +387,9 @@ def test_any_end_of_sequence_id_ends(connect):
 
 def test_a_prompt_is_prefilled_once_per_group_and_the_head_runs_at_one_position(connect, no_eos):
     model = make_model()
+    engine = connect(model)
     forwards = Forwards(model)
-    connect(model).generate([*PROMPTS, PROMPTS[2]], SamplingParams(n=5, max_new_tokens=4))
+    engine.generate([*PROMPTS, PROMPTS[2]], SamplingParams(n=5, max_new_tokens=4))
     # Four different prompts, padded to nine tokens; then three steps: the fourth token is not run through the model.
     assert forwards.inputs == [(4, 9), (25, 1), (25, 1), (25, 1)]
     assert {shape[1] for shape in forwards.logits} == {1}
@@ -394,8 +397,9 @@ def test_a_prompt_is_prefilled_once_per_group_and_the_head_runs_at_one_position(
 
 def test_a_group_larger_than_the_batch_is_still_prefilled_once(connect, no_eos):
     model = make_model()
+    engine = connect(model, max_batch_size=2)
     forwards = Forwards(model)
-    connect(model, max_batch_size=2).generate(PROMPTS, SamplingParams(n=5, max_new_tokens=2))
+    engine.generate(PROMPTS, SamplingParams(n=5, max_new_tokens=2))
     assert [shape for shape in forwards.inputs if shape[1] > 1 or shape[0] == 1].count((1, 9)) == 1
     assert sum(tokens for _, tokens in forwards.inputs if tokens > 1) == 3 + 9 + 2
     assert max(rows for rows, _ in forwards.inputs) == 2
@@ -403,9 +407,10 @@ def test_a_group_larger_than_the_batch_is_still_prefilled_once(connect, no_eos):
 
 def test_finished_sequences_leave_the_batch(connect):
     model = chain_model("abcdefgh$")
+    engine = connect(model)
     forwards = Forwards(model)
     prompts = [spell(c) for c in "habbbbbb"]
-    found = connect(model).generate(prompts, SamplingParams(n=1, max_new_tokens=20))
+    found = engine.generate(prompts, SamplingParams(n=1, max_new_tokens=20))
     assert [len(group[0].token_ids) for group in found] == [1, 8, 7, 7, 7, 7, 7, 7]
     # Eight prompts, three different ones; `h` is finished at once, the six `b` one step before the `a`.
     assert [rows for rows, _ in forwards.inputs] == [3, 7, 7, 7, 7, 7, 7, 1]
@@ -413,9 +418,10 @@ def test_finished_sequences_leave_the_batch(connect):
 
 def test_waiting_sequences_take_the_places_of_finished_ones(connect):
     model = chain_model("abcdefgh$")
+    engine = connect(model, max_batch_size=2)
     forwards = Forwards(model)
     prompts = [spell(text) for text in ("0a", "1h", "2b", "3h", "4c", "5h")]  # decoded in this order
-    found = connect(model, max_batch_size=2).generate(prompts, SamplingParams(n=1, max_new_tokens=20))
+    found = engine.generate(prompts, SamplingParams(n=1, max_new_tokens=20))
     assert [len(group[0].token_ids) for group in found] == [8, 1, 7, 1, 6, 1]
     decoded = [rows for rows, tokens in forwards.inputs if tokens == 1]
     # A prompt's prefill gives its first token, so 7 + 6 + 5 are left. Two by two it would be 18 steps: an `h` is
@@ -425,17 +431,18 @@ def test_waiting_sequences_take_the_places_of_finished_ones(connect):
 
 def test_columns_of_padding_leave_with_the_rows_that_needed_them(connect):
     model = chain_model("abcdefgh$")
-    widths = []
+    engine, widths = connect(model), []
     model.register_forward_pre_hook(lambda m, args, kw: widths.append(kw["attention_mask"].shape[1]), with_kwargs=True)
-    connect(model).generate([spell("a"), spell("zzzzzzzzzh")], SamplingParams(n=1, max_new_tokens=20))
+    engine.generate([spell("a"), spell("zzzzzzzzzh")], SamplingParams(n=1, max_new_tokens=20))
     # The long prompt is finished by its first token; what is left is one token, and one more in each step.
     assert widths[:4] == [10, 2, 3, 4]
 
 
 def test_groups_come_as_soon_as_they_are_finished(connect):
     model = chain_model("abcdefgh$").train()
+    engine = connect(model)
     forwards = Forwards(model)
-    groups = connect(model).stream([spell("a"), spell("h"), spell("e")], SamplingParams(n=2, max_new_tokens=20))
+    groups = engine.stream([spell("a"), spell("h"), spell("e")], SamplingParams(n=2, max_new_tokens=20))
     order = []
     for i, group in groups:
         order.append((i, len(group), len(forwards.inputs)))
@@ -452,9 +459,9 @@ def test_the_model_runs_with_a_cache_of_live_rows_only(connect, monkeypatch):
         reorder(cache, index)
         sizes.append(cache.layers[0].keys.shape[0])
 
+    engine = connect(make_model(scale=2.0))
     monkeypatch.setattr(DynamicCache, "reorder_cache", spy)
-    model = make_model(scale=2.0)
-    found = connect(model).generate(PROMPTS, SamplingParams(n=8, max_new_tokens=100))
+    found = engine.generate(PROMPTS, SamplingParams(n=8, max_new_tokens=100))
     assert sizes[0] == 32
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) > 3
@@ -533,8 +540,9 @@ def test_gradient_checkpointing_does_not_disturb(connect):
     model.gradient_checkpointing_enable()
     model.config.use_cache = False
     model.train()
+    engine = connect(model)
     forwards = Forwards(model)
-    assert connect(model).generate(PROMPTS, sampling) == expected
+    assert engine.generate(PROMPTS, sampling) == expected
     assert all(tokens == 1 for _, tokens in forwards.inputs[1:])
 
 

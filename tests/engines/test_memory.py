@@ -1,0 +1,105 @@
+"""How a model keeps what it has read: chosen by what it computes, in place of its name."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from tiny_models import config_of, random_model
+from torch import nn
+
+from lightrft_lightning import SamplingParams, TransformersRollout
+from lightrft_lightning.engines import memory
+from lightrft_lightning.engines.memory import NoMemory, OwnMemory, PaddedCache, settle_memory
+from lightrft_lightning.models.tiny import char_tokenizer
+
+PROMPTS = [[20], [3, 4, 5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15], [10, 11, 12]]
+
+
+def make(name, **settings):
+    config = config_of(name, **settings)
+    try:
+        return random_model(config).eval()
+    except ValueError:  # has no sdpa
+        return random_model(config, "eager").eval()
+
+
+def connected(model, **settings):
+    engine = TransformersRollout(**settings)
+    engine.connect(model, char_tokenizer("abc"))
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    {
+        "llama": PaddedCache, "bloom": PaddedCache, "falcon (alibi)": PaddedCache, "mistral (window)": PaddedCache,
+        "mamba": OwnMemory, "mamba2": OwnMemory, "falcon_mamba": OwnMemory, "bart": OwnMemory,
+        "rwkv": NoMemory, "recurrent_gemma": NoMemory, "minimax": NoMemory, "openai-gpt": NoMemory,
+    }.items(),
+)  # fmt: skip
+@pytest.mark.parametrize("max_batch_size", [None, 3])
+def test_samples_have_the_logprobs_of_the_models_own_forward(name, way, max_batch_size):
+    model = make(name)
+    engine = connected(model, max_batch_size=max_batch_size)
+    groups = engine.generate(PROMPTS, SamplingParams(n=4, max_new_tokens=9))
+    assert engine._memory is way
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for c in group:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*prompt, *c.token_ids]]), use_cache=False).logits[0]
+            plain = logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(c.token_ids)[:, None])
+            torch.testing.assert_close(torch.tensor(c.logprobs), plain.squeeze(-1), atol=1e-5, rtol=0)
+
+
+def test_the_batch_size_changes_no_token_of_a_recurrent_model():
+    model, sampling = make("mamba"), SamplingParams(n=4, max_new_tokens=9)
+    together, cut = (connected(model, max_batch_size=m).generate(PROMPTS, sampling) for m in (None, 2))
+    assert [[c.token_ids for c in g] for g in cut] == [[c.token_ids for c in g] for g in together]
+
+
+def test_what_is_slower_is_told_once_for_a_model(caplog):
+    engine = connected(make("recurrent_gemma"))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            engine.connect(engine._model, engine.tokenizer)
+            engine.generate([[5, 6]], SamplingParams(n=1, max_new_tokens=2))
+    told = [r.getMessage() for r in caplog.records if "reads the whole text again for every token" in r.getMessage()]
+    assert len(told) == 1 and "a cache with padding on the left: off by" in told[0]
+
+
+def test_a_model_that_does_not_read_from_left_to_right_is_refused():
+    model = make("bert (is_decoder)")
+    for module in model.modules():  # as it is without `is_decoder`
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    model.config.is_decoder = False
+    with pytest.raises(ValueError, match=r"cannot generate with BertLMHeadModel: .*without a cache: off by"):
+        connected(model).generate([[5, 6]], SamplingParams(n=1, max_new_tokens=2))
+
+
+def test_a_cache_that_loses_a_row_is_noticed(monkeypatch):
+    monkeypatch.setattr(memory.PaddedCache, "select", lambda self, rows: None)
+    assert settle_memory(make("llama")) is OwnMemory
+
+
+def test_impossible_tokens_are_no_difference():
+    model = make("llama")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: nn.functional.pad(head(x)[..., :-4], (0, 4), value=-torch.inf)
+    assert settle_memory(model) is PaddedCache
+
+
+@pytest.mark.parametrize("layers", [2, 7])
+def test_weights_that_change_with_the_mode_are_refused(layers):
+    """RWKV scales those of later layers down to generate, and up again in the next training pass."""
+    model = make("rwkv", num_hidden_layers=layers).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    engine = connected(model)
+    if layers == 2:
+        engine.generate([[5, 6]], SamplingParams(n=1, max_new_tokens=2))
+    else:
+        with pytest.raises(ValueError, match=r"RwkvForCausalLM changes its weights .*rescale_every=0"):
+            engine.generate([[5, 6]], SamplingParams(n=1, max_new_tokens=2))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
