@@ -16,8 +16,8 @@ from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PROMPT, PackedBatch
 from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
 from lightrft_lightning.models.logprobs import check_layout, replaced_forward
-from lightrft_lightning.models.remote_code import code_refused
 from lightrft_lightning.models.outputs import plain_outputs
+from lightrft_lightning.models.remote_code import code_refused
 from lightrft_lightning.models.streaming import parameters_on_meta
 
 if TYPE_CHECKING:
