@@ -250,7 +250,8 @@ def settle_memory(model: Any) -> type[Memory]:
         ValueError: there is none.
     """
     name = type(_inner(model)).__name__
-    texts, problems = _made_up_texts(model.config.get_text_config(decoder=True)), []
+    texts = _made_up_texts(model.config.get_text_config(decoder=True))
+    problems: list[str] = []
     wanted = [_plain(model, text) for text in texts]
     if any(bool(values.isnan().any()) for values in wanted):
         return PaddedCache  # nothing can be compared; generation says for which prompt it is so
