@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints import folder, foreign, store
+from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import TEMPORARY, CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
@@ -87,6 +88,7 @@ def convert(
     source, described = _choose(source, module)
     if model_folder is not None:
         described = {**(described or {}), **_described_by(Path(model_folder))}
+    copied = _tokenizer_files(tokenizer, source)
     outputs, described = _outputs(source, described, dtype, lora)
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "ckpt":
@@ -98,7 +100,8 @@ def convert(
     try:
         adapter_only = bool(described and described.get("adapters"))
         _write_hugging_face(temporary, outputs, described, adapter_only, shard_bytes, source.path)
-        _copy_tokenizer(temporary, tokenizer, source)
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
         if not adapter_only:
             _compare(HuggingFaceFolder(temporary), outputs, target)
             _check_architecture(temporary, described, source.path)
@@ -176,7 +179,7 @@ def _described_by(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no config.json")
-    config = json.loads(file.read_text())
+    config = json.loads(plain_file(path, file.name).read_text())
     return {"class": next(iter(config.get("architectures") or ()), ""), "config": config}
 
 
@@ -331,13 +334,12 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def _copy_tokenizer(path: Path, tokenizer: str | None, source: Source) -> None:
+def _tokenizer_files(tokenizer: str | None, source: Source) -> list[Path]:
     origin = Path(tokenizer) if tokenizer is not None else source.path
-    found = [origin / name for name in _TOKENIZER_FILES if (origin / name).is_file()]
+    found = [plain_file(origin, name) for name in _TOKENIZER_FILES if (origin / name).exists()]
     if tokenizer is not None and not any("token" in file.name or "vocab" in file.name for file in found):
         raise FileNotFoundError(f"tokenizer={tokenizer!r}: no tokenizer files there")
-    for file in found:
-        shutil.copyfile(file, path / file.name)
+    return found
 
 
 def _check_architecture(path: Path, described: Mapping[str, Any] | None, where: Path) -> None:

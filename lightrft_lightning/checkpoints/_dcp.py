@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.futures import Future
 
+from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, reason
 
@@ -67,6 +68,9 @@ def read_whole(name: str, info: TensorInfo, path: Path, metadata: Metadata) -> T
 
 
 def _read(path: Path, metadata: Metadata, planner: dcp.DefaultLoadPlanner, targets: dict[str, Any]) -> None:
+    for name in targets:  # of anything else DCP would run the code
+        if not isinstance(metadata.state_dict_metadata.get(name), TensorStorageMetadata):
+            raise CheckpointError(f"{path} is damaged: .metadata does not describe {name!r} as a tensor")
     reader = dcp.FileSystemReader(path)
     reader.set_up_storage_reader(metadata, True)
     planner.set_up_planner(targets, metadata, True)
@@ -103,9 +107,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The list of tensors of a DCP folder, read without running what it might hold."""
-    with (path / ".metadata").open("rb") as file:
-        return _MetadataUnpickler(file).load()
+    """The list of tensors of a DCP folder, read without running what it might hold.
+
+    Raises:
+        ValueError: it names files that are not in the folder.
+    """
+    with plain_file(path, ".metadata").open("rb") as file:
+        metadata: Metadata = _MetadataUnpickler(file).load()
+    for name in {entry.relative_path for entry in metadata.storage_data.values()}:
+        plain_file(path, name)
+    return metadata
 
 
 class _Writer(dcp.FileSystemWriter):

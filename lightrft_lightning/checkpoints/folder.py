@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightrft_lightning.checkpoints.files import plain_file
+
 MANIFEST = "manifest.json"
 FORMAT = "lightrft_lightning/2"
 TEMPORARY = ".lightrft-tmp"
@@ -189,7 +191,7 @@ def _own_crc32(content: dict[str, Any]) -> int:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {}  # not a pipe
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -230,7 +232,7 @@ def find(load_dir: Path, tag: str | None) -> Path:
     if tag is None and is_checkpoint(load_dir):
         return load_dir
     latest = load_dir / "latest"
-    name = tag or (latest.read_text().strip() if latest.is_file() else None)
+    name = tag or (named_by(latest).name if latest.is_file() else None)
     path = load_dir / (name or "")
     for candidate in (path, _aside(path)) if name else ():
         if is_checkpoint(candidate):
@@ -242,14 +244,27 @@ def find(load_dir: Path, tag: str | None) -> Path:
     raise FileNotFoundError(f"no {wanted} in {load_dir}; checkpoints there: {', '.join(there) or '(none)'}")
 
 
+def named_by(latest: Path) -> Path:
+    """The checkpoint that a file ``latest`` names, beside it.
+
+    Raises:
+        CheckpointError: it names something elsewhere.
+    """
+    name = latest.read_text().strip()
+    if not name or name == ".." or name != Path(name).name:
+        raise CheckpointError(f"{latest} names {name!r}: must be the plain name of a folder beside it")
+    return latest.parent / name
+
+
 def check_files(path: Path, files: dict[str, dict[str, int]]) -> None:
     """Compare files with what the manifest says about them.
 
     Raises:
         CheckpointError: the first that is missing or another one.
+        ValueError: see `plain_file`.
     """
     for name, expected in files.items():
-        file = path / name
+        file = plain_file(path, name)
         if not file.is_file():
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
         if file.stat().st_size != expected["bytes"] or crc32(file) != expected["crc32"]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints import files, folder, store
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.checkpoints.store import Stored, StoredState
@@ -70,6 +70,8 @@ class HuggingFaceFolder(Source):
 
     def __init__(self, path: Path) -> None:
         self.path, self._files, self._open = path, safetensors_files(path), {}  # type: ignore[var-annotated]
+        for name in {"model.safetensors.index.json", *(file.name for file in self._files.values())}:
+            files.plain_file(path, name)
         self.infos = {}
         for name in self._files:
             part = self._file(name).get_slice(name)
@@ -218,9 +220,8 @@ def _by_rank(files: Any) -> list[Path]:
 
 def _load(file: Path) -> dict[str, Any]:
     """A file of ``torch.save``, mapped into memory; its classes are left out."""
-    return store.readable(
-        file, lambda: torch.load(file, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
-    )
+    own = store.readable(file, lambda: files.plain_file(file.parent, file.name))
+    return store.readable(file, lambda: files.load(own, mmap=True, weights_only=False, pickle_module=_PICKLE))
 
 
 class _Left:
@@ -265,7 +266,9 @@ class _DataUnpickler(pickle.Unpickler):
         return _Left
 
 
-_PICKLE = types.SimpleNamespace(Unpickler=_DataUnpickler, load=pickle.load, __name__="data only")
+_PICKLE = types.SimpleNamespace(
+    Unpickler=_DataUnpickler, load=lambda file, **how: _DataUnpickler(file, **how).load(), __name__="data only"
+)
 
 
 class ForeignState(StoredState):
@@ -312,6 +315,6 @@ def _candidates(path: Path, tag: str | None) -> list[Path]:
         return [path / tag]
     latest = path / "latest"
     if latest.is_file():
-        return [path, path / latest.read_text().strip()]
+        return [path, folder.named_by(latest)]
     inside = [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
     return [path, *(inside if len(inside) == 1 else ())]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightrft_lightning.checkpoints import folder
+from lightrft_lightning.checkpoints import files, folder
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 
@@ -175,8 +175,8 @@ def _write(content: Content, payloads: dict[str, bytes], place: Place, ranks: Ra
         ranks.together(lambda: _check_visible(temporary))
         _dcp.save(content.tensors, temporary, ranks.group)
         described = ranks.gather(ranks.together(lambda: _write_own(payloads, temporary, ranks.rank)))
-        files = {name: entry for part in described for name, entry in part.items()}
-        ranks.together(lambda: _finish(content, files, temporary, place) if ranks.rank == 0 else None)
+        listed = {name: entry for part in described for name, entry in part.items()}
+        ranks.together(lambda: _finish(content, listed, temporary, place) if ranks.rank == 0 else None)
     except BaseException as err:
         if ranks.rank == 0:
             folder.remove(temporary)
@@ -209,7 +209,7 @@ def _write_own(payloads: Mapping[str, bytes], path: Path, rank: int) -> dict[str
     return folder.describe(mine + ([path / ".metadata"] if rank == 0 else []))
 
 
-def _finish(content: Content, files: dict[str, Any], temporary: Path, place: Place) -> None:
+def _finish(content: Content, listed: dict[str, Any], temporary: Path, place: Place) -> None:
     from lightrft_lightning import __version__
 
     manifest = {
@@ -221,7 +221,7 @@ def _finish(content: Content, files: dict[str, Any], temporary: Path, place: Pla
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in content.tensors.items()
         },
-        "files": files,
+        "files": listed,
     }
     folder.write_manifest(temporary, manifest)
     folder.flush(temporary / folder.MANIFEST)
@@ -241,7 +241,7 @@ class Stored:
         self.path = path
         self.manifest = manifest
         self.tensors = {
-            name: TensorInfo(tuple(entry["shape"]), getattr(torch, entry["dtype"]))
+            name: TensorInfo(tuple(entry["shape"]), _dtype(entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
         self._metadata = _dcp.read_metadata(path)
@@ -252,12 +252,11 @@ class Stored:
         Args:
             weights_only: False runs whatever code the file asks for.
         """
-        return torch.load(self.path / "state.pt", map_location="cpu", weights_only=weights_only)
+        return files.load(files.plain_file(self.path, "state.pt"), weights_only=weights_only)
 
     def own(self, rank: int) -> dict[str, Any]:
         """What was rank `rank`'s alone; at a larger world size than the saved one, ranks share."""
-        file = self.path / f"rank_{rank % self.manifest['world_size']}.pt"
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return files.load(files.plain_file(self.path, f"rank_{rank % self.manifest['world_size']}.pt"))
 
     def read_into(self, targets: Mapping[str, FlatTensor]) -> None:
         """Read into each target the ranges that it holds, from the tensor of the key's name."""
@@ -271,6 +270,13 @@ class Stored:
         whole = torch.empty(info.shape, dtype=info.dtype)
         self.read_into({name: FlatTensor.of(whole)})
         return whole
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{folder.MANIFEST} names the dtype {name!r}")
+    return dtype
 
 
 class StoredState(MutableMapping[str, Any]):
@@ -341,8 +347,8 @@ def open_checkpoint(path: Path, ranks: Ranks) -> Stored:
         CheckpointError: one is missing or damaged.
     """
     manifest = ranks.together(lambda: folder.manifest_of(path))
-    files = sorted(manifest["files"].items(), key=lambda entry: -entry[1]["bytes"])
-    ranks.together(lambda: folder.check_files(path, dict(files[ranks.rank :: ranks.world_size])))
+    listed = sorted(manifest["files"].items(), key=lambda entry: -entry[1]["bytes"])
+    ranks.together(lambda: folder.check_files(path, dict(listed[ranks.rank :: ranks.world_size])))
     return ranks.together(lambda: readable(path, lambda: Stored(path, manifest)))
 
 
@@ -352,5 +358,7 @@ def readable(path: Any, read: Callable[[], T]) -> T:
         return read()
     except (CheckpointError, FileNotFoundError, IsADirectoryError, PermissionError):
         raise
+    except files.NotPlainError as err:
+        raise CheckpointError(str(err)) from err
     except Exception as err:
         raise CheckpointError(f"{path} is incomplete, damaged or not safe to read: {folder.reason(err)}") from err

@@ -18,6 +18,7 @@ from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
 
 from lightrft_lightning._find import settings_of_a_checkpoint
 from lightrft_lightning.checkpoints import folder, store
+from lightrft_lightning.checkpoints.files import check_archive
 from lightrft_lightning.checkpoints.flat import FlatTensor
 from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.checkpoints.store import Ranks, Stored, StoredState
@@ -147,12 +148,17 @@ def read(path: Path, ranks: Ranks, weights_only: bool | None, files: CheckpointI
         CheckpointError: it is incomplete, damaged, or was written by `save_ckpt`.
     """
     if ranks.together(path.is_file):
-        return ranks.together(
-            lambda: store.readable(path, lambda: files.load_checkpoint(path, weights_only=weights_only))
-        )
+        return ranks.together(lambda: store.readable(path, lambda: _read_file(path, weights_only, files)))
     found = ranks.together(lambda: folder.find(path.parent, path.name))
     stored = store.open_checkpoint(found, ranks)
     return ranks.together(lambda: _read_folder(stored, ranks, weights_only))
+
+
+def _read_file(path: Path, weights_only: bool | None, files: CheckpointIO) -> dict[str, Any]:
+    if weights_only is not False:
+        check_archive(path)
+    checkpoint: dict[str, Any] = files.load_checkpoint(path, weights_only=weights_only)
+    return checkpoint
 
 
 def _read_folder(stored: Stored, ranks: Ranks, weights_only: bool | None) -> dict[str, Any]:
@@ -213,6 +219,8 @@ def load_module(
     named = [settings, {} if hparams_file is None else load_hparams_from_yaml(hparams_file)]
     with settings_of_a_checkpoint(named, trusted=trusted):
         if not Path(path).is_dir():
+            if not trusted and Path(path).exists():
+                check_archive(Path(path))
             more = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, **settings}
             return _load_from_checkpoint(cls, path, weights_only=not trusted, **more)  # type: ignore[return-value]
         if hparams_file is not None:

@@ -18,6 +18,7 @@ import torch
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
+from lightrft_lightning.checkpoints.files import check_model_folder
 from lightrft_lightning.models.attention import FLEX, prefers_flex
 from lightrft_lightning.models.quantized import mend, quantization_config
 from lightrft_lightning.models.remote_code import CodeRefusedError, code_refused
@@ -221,6 +222,7 @@ def _pretrained(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"the folder {path} holds no Hugging Face model: there is no config.json in it")
+        check_model_folder(path)
         return str(path)
     # A hub id is one name within another; "models/mine" next to a folder "models" is a path with a typing mistake.
     is_hub_id = path.suffix != ".gguf" and name.count("/") == 1 and name[0] not in "./~" and not path.parent.is_dir()

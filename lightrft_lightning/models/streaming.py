@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning.checkpoints.files import plain_name
 
 _register_parameter = nn.Module.register_parameter
 _active = False
@@ -51,7 +52,8 @@ def safetensors_files(folder: Path) -> dict[str, Path]:
     """Which file of a Hugging Face folder holds which tensor; empty if it has no safetensors files."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        named = json.loads(index.read_text())["weight_map"]
+        return {name: plain_name(folder, file) for name, file in named.items()}
     if not single.is_file():
         return {}
     with import_extra("safetensors", "hf").safe_open(single, framework="pt") as file:
