@@ -709,10 +709,12 @@ def template_columns(template: str) -> list[str]:
     """Names of the columns in a format string; ``"{a[0]} {b.c}"`` uses ``a`` and ``b``.
 
     Raises:
-        ValueError: it is no format string.
+        ValueError: it is no format string, or reaches into the insides of an object.
     """
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as err:
         raise ValueError(f"template={template!r} is no format string: {err}") from err
+    if inside := [name for name in names if "._" in name]:  # through a method's __globals__ it could read anything
+        raise ValueError(f"template={template!r}: {inside[0]!r} is a private attribute, leave it out")
     return [name.replace("[", ".").split(".")[0] for name in names]

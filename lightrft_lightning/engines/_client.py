@@ -9,7 +9,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
+
+
+MOST_BYTES = 256 << 20
+"""Of an answer, where nothing smaller is said: what comes without end must not fill the memory until the deadline."""
 
 
 class Unreachable(EngineError):
@@ -49,7 +53,7 @@ class Client:
         self._transport_error: type[Exception] = httpx.TransportError
         self._http: Any = httpx.AsyncClient(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}", "Accept-Encoding": "identity"},
             timeout=None,  # a call as a whole has one
             limits=httpx.Limits(max_keepalive_connections=0),  # no call may meet a connection that is just closing
             trust_env=url.startswith("https"),  # a proxy in the environment is not for engines nearby
@@ -93,11 +97,21 @@ class Client:
         """
         return self._wait(self._within(deadline, f"{method} {path}", self._call(method, path, body)))
 
-    def lines(self, path: str, body: dict[str, Any], deadline: float) -> Generator[dict[str, Any], None, None]:
-        """The JSON objects of an answer with one in each line, as they arrive; raises what `call` raises."""
+    def lines(
+        self, path: str, body: dict[str, Any], deadline: float, most: int, count: int
+    ) -> Generator[dict[str, Any], None, None]:
+        """The JSON objects of an answer with one in each line, as they arrive; raises what `call` raises.
+
+        Args:
+            path: of the route.
+            body: JSON.
+            deadline: seconds.
+            most: bytes of a line.
+            count: of lines; more bytes than these can have are an error.
+        """
 
         async def forward(put: Callable[[dict[str, Any]], None]) -> None:
-            async for line in self._lines(path, body):
+            async for line in self._lines(path, body, most, most * count):
                 put(line)
 
         return self._items(f"POST {path}", forward, deadline)
@@ -147,18 +161,41 @@ class Client:
 
     async def _text(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> str:
         content = json.dumps(body).encode() if isinstance(body, dict) else body
-        response = await self._http.request(method, path, content=content, headers=self._headers(body))
-        self._check(response, f"{method} {path}")
-        return str(response.text)
+        async with self._http.stream(method, path, content=content, headers=self._headers(body)) as response:
+            received = b"".join([chunk async for chunk in self._chunks(response, f"{method} {path}", MOST_BYTES)])
+        self._check(response.status_code, received, f"{method} {path}")
+        return received.decode(errors="replace")
 
-    async def _lines(self, path: str, body: dict[str, Any]) -> Any:
-        content = json.dumps(body).encode()
+    async def _lines(
+        self, path: str, body: dict[str, Any], most: int = MOST_BYTES, total: float = float("inf")
+    ) -> AsyncIterator[dict[str, Any]]:
+        what, content, line, size = f"POST {path}", json.dumps(body).encode(), [b""], 0
         async with self._http.stream("POST", path, content=content, headers=self._headers(body)) as response:
             if response.status_code != 200:
-                await response.aread()
-            self._check(response, f"POST {path}")
-            async for line in response.aiter_lines():
-                yield self._parse(f"POST {path}", line)
+                received = b"".join([chunk async for chunk in self._chunks(response, what, MOST_BYTES)])
+                self._check(response.status_code, received, what)
+            async for chunk in self._chunks(response, what, total):
+                *ends, rest = chunk.split(b"\n")
+                for end in ends:
+                    yield self._parse(what, b"".join([*line, end]).decode(errors="replace"))
+                    line, size = [], 0
+                line.append(rest)
+                size += len(rest)
+                if size > most:
+                    raise EngineError(f"{self.url}: {what}: malformed answer, a line of more than {most} bytes")
+            if size:
+                yield self._parse(what, b"".join(line).decode(errors="replace"))
+
+    async def _chunks(self, response: httpx.Response, what: str, most: float) -> AsyncIterator[bytes]:
+        """A body as it comes; what is compressed is not unpacked, as nobody knows how much comes out."""
+        encoding, seen = response.headers.get("content-encoding", "identity"), 0
+        if encoding.strip().lower() != "identity":
+            raise EngineError(f"{self.url}: {what}: the answer has the encoding {encoding!r}, which was not asked for")
+        async for chunk in response.aiter_raw():
+            seen += len(chunk)
+            if seen > most:
+                raise EngineError(f"{self.url}: {what}: malformed answer, more than {most} bytes")
+            yield chunk
 
     def _parse(self, what: str, text: str) -> dict[str, Any]:
         value = self._parse_any(what, text)
@@ -169,14 +206,13 @@ class Client:
     def _parse_any(self, what: str, text: str) -> Any:
         try:
             return json.loads(text)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise EngineError(f"{self.url}: {what}: malformed answer, no JSON: {shortened(text)}") from err
 
-    def _check(self, response: httpx.Response, what: str) -> None:
-        status = response.status_code
+    def _check(self, status: int, received: bytes, what: str) -> None:
         if status == 200:
             return
-        message = f"{self.url}: {what}: status {status}: {_reason(response)}"
+        message = f"{self.url}: {what}: status {status}: {_reason(received)}"
         if status in (502, 503):
             raise Unreachable(message)
         if status >= 500:
@@ -232,11 +268,11 @@ class SessionClient(Client):
         return {**super()._headers(body), **({SESSION_HEADER: self.session} if self.session else {})}
 
 
-def _reason(response: httpx.Response) -> str:
+def _reason(received: bytes) -> str:
     """What the server says in its own words, or the beginning of whatever it sent."""
     try:
-        answer = response.json()
+        answer = json.loads(received)
         said = answer.get("error") or answer["message"]
-        return str(said["message"] if isinstance(said, dict) else said)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return shortened(response.text)
+        return str(said["message"] if isinstance(said, dict) else said)[:2000]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return shortened(received[:200].decode(errors="replace"))

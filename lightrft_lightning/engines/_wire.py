@@ -168,6 +168,11 @@ def group_to_json(prompt: int, completions: Sequence[Completion]) -> dict[str, A
     return {"prompt": prompt, "completions": [[c.token_ids, c.logprobs, c.finish_reason] for c in completions]}
 
 
+def most_bytes(sampling: SamplingParams) -> int:
+    """Of the line of a group: a token is an id and a float, 64 bytes are more than they take."""
+    return (1 << 16) + 64 * sampling.n * sampling.max_new_tokens
+
+
 def group_from_json(line: Mapping[str, Any], sampling: SamplingParams) -> tuple[int, list[Completion]]:
     """Undo `group_to_json`.
 

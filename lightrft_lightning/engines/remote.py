@@ -169,7 +169,10 @@ class RemoteRollout(ServedRollout):
         prompts = [list(map(int, wanted[i][0])) for i in numbers]
         request = wire.Request(prompts, sampling, [wanted[i][1] for i in numbers], self._sent, deadline)
         missing = set(range(len(numbers)))
-        with contextlib.closing(client.lines("/generate", request.to_json(), deadline)) as lines:
+        most = wire.most_bytes(sampling)
+        with contextlib.closing(
+            client.lines("/generate", request.to_json(), deadline, most, len(numbers) + 1)
+        ) as lines:
             for line in lines:
                 if "error" in line:
                     raise ServerFault(f"{where}: {line['error']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import itertools
 import json
@@ -9,6 +10,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,12 +111,16 @@ class Servers:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if key_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[key_env]}"
-        self._client = self._httpx.Client(
-            headers=headers,
-            timeout=self._httpx.Timeout(timeout, connect=connect_timeout),
-            limits=self._httpx.Limits(max_connections=None, max_keepalive_connections=20),
-            trust_env=any(one.startswith("https") for one in urls),  # a proxy in the environment is not for neighbours
-        )
+        self._client_settings = {
+            "headers": headers,
+            "timeout": self._httpx.Timeout(None, connect=connect_timeout),  # an attempt as a whole has one
+            "limits": self._httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            "trust_env": any(
+                one.startswith("https") for one in urls
+            ),  # a proxy of the environment is not for neighbours
+        }
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def of(cls, reward: str, url: str | Sequence[str], path: str, options: Mapping[str, Any]) -> Servers:
@@ -181,26 +187,48 @@ class Servers:
         return server.failures >= self.breaker_failures
 
     def _ask(self, url: str, content: bytes) -> Any:
-        end = time.monotonic() + self.timeout
-        received = bytearray()
+        under_way = asyncio.run_coroutine_threadsafe(self._within_timeout(url, content), self._running_loop())
         try:
-            with self._client.stream("POST", url, content=content) as response:
-                for chunk in response.iter_bytes():
-                    received += chunk
-                    if len(received) > self.max_bytes:
-                        raise ServerError(f"{url}: the answer is larger than max_bytes={self.max_bytes}")
-                    if time.monotonic() > end:
-                        raise _Passing(f"{url}: no complete answer within {self.timeout:g} s")
+            status, received = under_way.result()
         except self._httpx.TransportError as err:
             raise _Passing(f"{url}: {type(err).__name__}: {err}") from err
-        status = response.status_code
+        finally:
+            under_way.cancel()
         if status != 200:
             kind = _Passing if status == 429 or status >= 500 else ServerError
             raise kind(f"{url}: status {status}: {_shortened(received)}")
         try:
             return json.loads(received)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise ServerError(f"{url}: the answer is no JSON: {_shortened(received)}") from err
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """In a thread of its own: there an answer can be given up at any point, also one whose header has no end."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._client = self._httpx.AsyncClient(**self._client_settings)
+                threading.Thread(target=self._loop.run_forever, daemon=True, name="reward servers").start()
+                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+            return self._loop
+
+    async def _within_timeout(self, url: str, content: bytes) -> tuple[int, bytearray]:
+        try:
+            return await asyncio.wait_for(self._receive(url, content), self.timeout)
+        except (TimeoutError, asyncio.TimeoutError) as err:  # one and the same from Python 3.11
+            raise _Passing(f"{url}: no complete answer within {self.timeout:g} s") from err
+
+    async def _receive(self, url: str, content: bytes) -> tuple[int, bytearray]:
+        received = bytearray()
+        async with self._client.stream("POST", url, content=content) as response:
+            encoding = response.headers.get("content-encoding", "identity")
+            if encoding.strip().lower() != "identity":  # nobody knows how much would come out
+                raise ServerError(f"{url}: the answer has the encoding {encoding!r}, which was not asked for")
+            async for chunk in response.aiter_raw():
+                received += chunk
+                if len(received) > self.max_bytes:
+                    raise ServerError(f"{url}: the answer is larger than max_bytes={self.max_bytes}")
+        return response.status_code, received
 
 
 def _rebuilt(settings: Mapping[str, Any]) -> Servers:

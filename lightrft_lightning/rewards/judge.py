@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,9 @@ class Judge:
             content = None
         if not isinstance(content, str):
             raise ServerError(f"the answer has no text in its first choice: {str(answer)[:200]!r}")
+        if len(content) > (1 << 16) + 64 * self._sampling.max_new_tokens:
+            asked = self._sampling.max_new_tokens
+            raise ServerError(f"the answer has {len(content)} characters, asked for at most {asked} tokens")
         return content
 
     def _ask_engine(self, texts: list[str]) -> list[str]:
@@ -124,8 +128,9 @@ class Judge:
         return list(engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
 
     def _grade(self, answer: str) -> float | ValueError:
-        found = [match.group(match.re.groups) for match in self._pattern.finditer(answer)]
-        grade = decimal_number(found[-1]) if found and found[-1] else None
+        last = deque(self._pattern.finditer(answer), maxlen=1)  # no list: there may be millions
+        found = last[0].group(last[0].re.groups) if last else None
+        grade = decimal_number(found) if found else None
         if grade is None:
             return ValueError(f"no grade in the judge's answer {answer[-120:]!r}")
         if self._scale is None:

@@ -135,3 +135,15 @@ def test_an_engine_with_a_chat_template(samples, tiny_model, tiny_tokenizer):
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Rewards({"name": "judge", **options})
+
+
+def test_an_answer_longer_than_what_was_asked_for_is_not_searched(serve, score, caplog):
+    server = serve(says("1," * 2_000_000))
+    assert score(["a"], url=server.url, max_new_tokens=9)[0] == [None]
+    assert "the answer has 4000000 characters, asked for at most 9 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["{image.__init__.__globals__}", "{completion._x}", "{a[0]._b.c}"])
+def test_a_template_does_not_reach_into_objects(field):
+    with pytest.raises(ValueError, match=r"is a private attribute, leave it out"):
+        Judge("{completion}" + field, url="http://localhost:1", model="m")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import math
 import pickle
 import time
 
 import pytest
+from bytes_server import HEADER, BytesServer
 
 from lightrft_lightning.rewards import RemoteReward, RewardReport, Rewards
 from lightrft_lightning.rewards._http import ServerError, Servers
@@ -86,7 +89,7 @@ def test_a_server_that_hangs(serve, score, caplog):
     start = time.monotonic()
     rewards, _ = score(server.url, timeout=0.2, retries=1)
     assert rewards == [None] * 5 and time.monotonic() - start < 3
-    assert "ReadTimeout" in caplog.text and len(server.requests) == 2
+    assert "no complete answer within 0.2 s" in caplog.text and len(server.requests) == 2
 
 
 def test_a_server_that_drips(samples):
@@ -202,3 +205,49 @@ def test_bad_settings(options, message):
 def test_a_remote_reward_can_be_pickled(serve):
     reward = pickle.loads(pickle.dumps(RemoteReward(serve(right).url)))
     assert reward(["p"], ["3"]) == [3.0]
+
+
+# ---------------------------------------------------------------- answers that no server of good will gives
+
+
+def drip(start, piece, pause=0.02):
+    def answer(path):
+        yield HEADER + start
+        while True:
+            yield piece
+            time.sleep(pause)
+
+    return answer
+
+
+def packed(*layers):
+    content = gzip.compress(b"0" * (1 << 20))
+    for _ in layers[1:]:
+        content = gzip.compress(content)
+    header = f"Content-Encoding: {', '.join(layers)}\r\nContent-Length: {len(content)}\r\n\r\n"
+    return lambda path: [HEADER + header.encode() + content]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (drip(b"", b"X: y\r\n"), r"no complete answer within 0\.3 s"),
+        (drip(b"\r\n", b" "), r"no complete answer within 0\.3 s"),
+        (lambda path: itertools.repeat(b"HTTP/1.1 103 Early Hints\r\n\r\n"), r"no complete answer within 0\.3 s"),
+        (drip(b"\r\n", b" " * 65536, pause=0), "larger than max_bytes=1000000"),
+        (packed("gzip"), "the encoding 'gzip', which was not asked for"),
+        (packed("gzip", "gzip"), "the encoding 'gzip, gzip', which was not asked for"),
+        (packed("br"), "the encoding 'br'"),
+        (lambda path: [HEADER + b"Content-Length: 200000\r\n\r\n" + b"[" * 200_000], "the answer is no JSON"),
+        (lambda path: [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\nContent-Length: 0\r\n\r\n"], "302"),
+    ],
+    ids=["header", "body", "1xx", "endless", "gzip", "gzip twice", "br", "deep", "redirect"],
+)
+def test_an_answer_without_end_or_of_unknown_size_ends_at_the_limits(answer, reason):
+    server = BytesServer(answer)
+    servers = Servers(server.url, timeout=0.3, retries=0, max_bytes=1_000_000)
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=reason):
+        servers.post({})
+    assert time.monotonic() - start < 5 and server.sent < 50_000_000
+    server.close()
