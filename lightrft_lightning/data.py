@@ -93,6 +93,7 @@ class ResumableDataLoader(DataLoader):
     # Class attributes in place of an own `__init__`: Lightning rebuilds loaders from the arguments of `__init__`.
     _epoch = 0
     _consumed = 0
+    _before = 0
     _resume_epoch: int | None = None
 
     def state_dict(self) -> dict[str, int]:
@@ -100,6 +101,17 @@ class ResumableDataLoader(DataLoader):
         if self._consumed and self._consumed >= self.samples_per_epoch:
             return {"epoch": self._epoch + 1, "consumed_samples": 0}
         return {"epoch": self._epoch, "consumed_samples": self._consumed}
+
+    def state_before_batch(self) -> dict[str, int]:
+        """The same for before the latest batch, as one that was broken off is to come again."""
+        return {"epoch": self._epoch, "consumed_samples": self._before}
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the epoch that were handed out, as many as this many samples make now."""
+        step = (self.batch_size or 1) * getattr(self.sampler, "num_replicas", 1)
+        rest = self.samples_per_epoch - self._consumed
+        return len(self) - (rest // step if self.drop_last else -(-rest // step))
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue there, if the next pass is one over that epoch. The world size may have changed since."""
@@ -118,7 +130,7 @@ class ResumableDataLoader(DataLoader):
         return (per_rank // size * size if self.drop_last else per_rank) * getattr(self.sampler, "num_replicas", 1)
 
     def _start_at(self, epoch: int, consumed: int) -> None:
-        self._epoch, self._consumed = epoch, consumed
+        self._epoch, self._consumed, self._before = epoch, consumed, consumed
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.set_epoch(epoch)
             self.sampler.consumed_samples = consumed
@@ -134,9 +146,10 @@ class ResumableDataLoader(DataLoader):
         if self._resume_epoch not in (None, sampler.epoch):
             sampler.consumed_samples = 0
         self._resume_epoch = None
-        self._epoch, self._consumed = sampler.epoch, sampler.consumed_samples
+        self._epoch, self._consumed, self._before = sampler.epoch, sampler.consumed_samples, sampler.consumed_samples
         step = (self.batch_size or 1) * sampler.num_replicas
         for batch in super().__iter__():
+            self._before = self._consumed
             self._consumed = min(self._consumed + step, self.samples_per_epoch)
             yield batch
         if sampler.epoch == self._epoch:

@@ -22,7 +22,6 @@ from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.rollout import RolloutCallback
-from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
@@ -285,7 +284,6 @@ class RLHFModule(Update):
         self._sampled_ahead: Sampled | None = None
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
-        self._rng_to_restore: dict[str, Any] | None = None
         self._is_offloaded = False
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_add_frozen)
@@ -670,17 +668,9 @@ class RLHFModule(Update):
             self.kl_coef = state.get("kl_coef", self.kl_coef)
         if "reward_moments" in state:
             self.reward_moments.load_state_dict(state["reward_moments"])
-        self._rng_to_restore = checkpoint.get("lightrft_rng")
         if self.staleness and "sampled_ahead" in state and self._trainer is not None:
             ranks = self.trainer.world_size
             self._sampled_ahead = sampled_from_state(state["sampled_ahead"], self.trainer.global_rank, ranks)
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Only now: loading data, sanity checks and loggers may have drawn numbers since the checkpoint was read.
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
 
     # ---------------------------------------------------------------- settings and logs
 

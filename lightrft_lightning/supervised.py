@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
-from lightrft_lightning.checkpoints.state import set_rng_state
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
@@ -98,7 +97,6 @@ class SupervisedModule(pl.LightningModule):
         self._tokenizer = tokenizer
         self.model: Any = model.train() if isinstance(model, nn.Module) else None
         self._sums: Sums = {}
-        self._rng_to_restore: dict[str, Any] | None = None
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -289,17 +287,6 @@ class SupervisedModule(pl.LightningModule):
             ValueError: such a name.
         """
         return load_module(cls, checkpoint_path, *args, **kwargs)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_to_restore = checkpoint.get("lightrft_rng")
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # Only now: loading data, sanity checks and loggers may have drawn numbers since the checkpoint was read.
-        if self._rng_to_restore is not None:
-            set_rng_state(self._rng_to_restore)
-            self._rng_to_restore = None
 
 
 def trajectories_of(prompts: Iterable[Prompt]) -> list[Trajectory]:

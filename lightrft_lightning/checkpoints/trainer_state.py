@@ -174,7 +174,10 @@ def _read_folder(stored: Stored, ranks: Ranks, weights_only: bool | None) -> dic
     if "trainer" not in shared:
         raise CheckpointError(f"{path} was written by save_ckpt(): read it with load_ckpt()")
     checkpoint = store.readable(path, lambda: put_together(shared["trainer"], stored))
-    checkpoint["lightrft_rng"] = stored.own(ranks.rank)["rng"]
+    own = stored.own(ranks.rank)
+    same_ranks = stored.manifest["world_size"] == ranks.world_size
+    checkpoint["lightrft_rng"] = own["rng"]
+    checkpoint["lightrft_own"] = own if same_ranks else {"rng": own["rng"]}
     return checkpoint
 
 

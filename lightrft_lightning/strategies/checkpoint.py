@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft_lightning.checkpoints import folder, state, store, trainer_state
+from lightrft_lightning.checkpoints import folder, loops, state, store, trainer_state
 from lightrft_lightning.checkpoints.background import Background
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
@@ -51,6 +51,7 @@ class Checkpoints:
     world_size: int
     global_rank: int
     optimizer_steps: int
+    skipped_steps: dict[str, int]
     strategy_name: str
     checkpoint_io: CheckpointIO
     lightning_module: pl.LightningModule | None
@@ -240,6 +241,12 @@ class Checkpoints:
     """Weights are read into the sharded model."""
     lightning_restore_optimizer = True
 
+    def connect(self, model: pl.LightningModule) -> None:
+        """Lightning's hook before everything else."""
+        super().connect(model)  # type: ignore[misc]
+        if model._trainer is not None:
+            loops.install(model.trainer)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What goes into ``checkpoint["state_dict"]``: tensors, or `FlatTensor` where no rank has them whole."""
         assert self.lightning_module is not None
@@ -269,7 +276,11 @@ class Checkpoints:
         assert module is not None
         ranks = self._join_ranks()
         ranks.together(self.finish_checkpoints)
-        training = {"optimizer_steps": self.optimizer_steps, "scaler": self._scaler_state(module)}
+        training = {
+            "optimizer_steps": self.optimizer_steps,
+            "skipped_steps": dict(self.skipped_steps),
+            "scaler": self._scaler_state(module),
+        }
         with_ours = {**checkpoint, "lightrft_strategy": training}
 
         def content() -> Content:
@@ -277,7 +288,9 @@ class Checkpoints:
             rest, tensors = trainer_state.take_apart(with_ours, tied)
             header = {**self._header(module, checkpoint.get("global_step", 0)), "tied": tied}
             header["data"] = trainer_state.data_position(checkpoint)
-            return Content(tensors, {"trainer": rest}, {"rng": rng_state()}, header, safe_only=False)
+            loop = None if module._trainer is None else module.trainer.fit_loop
+            own = loop.own_state() if isinstance(loop, loops.FitLoop) else {"rng": rng_state()}
+            return Content(tensors, {"trainer": rest}, own, header, safe_only=False)
 
         path = _local(filepath)
         self._write(ranks.together(content), Place(path.parent, path.name), wait=not self.config.async_checkpoints)
@@ -310,6 +323,8 @@ class Checkpoints:
                 f"{checkpoint_path} holds weights only (save_weights_only=True): training cannot go on from it. Start "
                 "a new run with these weights by load_from_checkpoint"
             )
+        if module is not None and fitting and isinstance(module.trainer.fit_loop, loops.FitLoop):
+            module.trainer.fit_loop.own = checkpoint.get("lightrft_own", {})
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -349,6 +364,7 @@ class Checkpoints:
         training = checkpoint.get("lightrft_strategy")
         if training is not None:
             self.optimizer_steps = training["optimizer_steps"]
+            self.skipped_steps.update(training.get("skipped_steps", {}))
             self._set_scaler_state(module, training["scaler"])
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:

@@ -1,0 +1,91 @@
+"""Resuming from any place, any number of times, as if there had been no stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from stops import Case, Toy, difference
+
+from lightrft_lightning.data import make_dataloader
+
+SEQUENCES = int(os.environ.get("LIGHTRFT_STOPS", 100))
+SHARES = {"plain": 0.4, "shuffled": 0.25, "resumable": 0.25, "sft": 0.04, "reward": 0.02, "rlhf": 0.04}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_runs_that_are_stopped_at_random_places_equal_those_that_are_not(kind, tmp_path):
+    for seed in range(round(SEQUENCES * SHARES[kind])):
+        case = Case.draw(seed, kind)
+        assert not (told := difference(case, tmp_path / str(seed))), f"{case}\n{told}"
+
+
+def test_a_module_without_stops_trains_as_under_lightnings_own_strategy(tmp_path):
+    """Nothing is drawn that Lightning does not draw."""
+    finals = []
+    for strategy in ("auto", "lightrft_fake"):
+        torch.manual_seed(1)
+        trainer = pl.Trainer(
+            strategy=strategy, accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = Toy("shuffled")
+        trainer.fit(module)
+        finals.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+def test_a_batch_that_was_broken_off_is_trained_on_again(tmp_path):
+    """`save_on_exception` saves after the data loader has handed the batch out."""
+
+    class Breaks(pl.Callback):
+        def __init__(self, at):
+            self.at, self.seen = at, []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.seen.append(batch.tolist())
+            if len(self.seen) == self.at:
+                raise RuntimeError("broken")
+
+    def fit(at=None, ckpt_path=None):
+        breaks = Breaks(at)
+        save = ModelCheckpoint(tmp_path, filename="broken", save_on_exception=True, enable_version_counter=False)
+        trainer = pl.Trainer(
+            strategy="lightrft_fake", accelerator="cpu", max_epochs=2, logger=False, callbacks=[breaks, save],
+            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        with contextlib.nullcontext() if at is None else pytest.raises(RuntimeError, match="broken"):
+            trainer.fit(Toy("resumable"), ckpt_path=ckpt_path)
+        return breaks.seen
+
+    whole = fit()
+    for at in (2, 4, 6):
+        done = fit(at)[:-1]
+        assert done + fit(ckpt_path=tmp_path / "broken.ckpt") == whole
+
+
+def test_half_an_epoch_goes_on_with_another_batch_size(tmp_path):
+    seen = []
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(batch.tolist())
+            if len(seen) == 2:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                trainer.should_stop = True
+
+    class Half(Toy):
+        def train_dataloader(self):
+            return make_dataloader(self.data, 4 if path is None else 2, seed=1)
+
+    for path in (None, tmp_path / "half.ckpt"):
+        pl.Trainer(
+            strategy="lightrft_fake", accelerator="cpu", max_epochs=1, logger=False, callbacks=[Save()],
+            enable_checkpointing=False, limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(Half("resumable"), ckpt_path=path)  # fmt: skip
+    assert [len(batch) for batch in seen] == [4, 4, 2, 2, 2, 2]
+    assert sorted(x for batch in seen for x in batch) == [float(i) for i in range(16)]
