@@ -34,6 +34,7 @@ from lightrft_lightning.models.export import save_pretrained
 from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
+from lightrft_lightning.strategies.preemption import end_when_preempted
 
 if TYPE_CHECKING:
     from lightrft_lightning.data import ResumableDataLoader
@@ -182,7 +183,12 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     @override
     def setup_environment(self) -> None:
         self._check_batch_sizes()
+        self._end_when_preempted()
         super().setup_environment()
+
+    def _end_when_preempted(self) -> None:
+        assert self.lightning_module is not None
+        end_when_preempted(self.lightning_module.trainer)
 
     def _check_batch_sizes(self) -> None:
         c = self.config

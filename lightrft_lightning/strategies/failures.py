@@ -24,8 +24,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from lightrft_lightning.strategies.peers import Peer, Status, connect_peers
@@ -49,6 +50,7 @@ _COMMUNICATION = re.compile(r"gloo|nccl|c10d|TCPStore", re.IGNORECASE)
 _COLLECTIVES = re.compile(r"[/\\](torch[/\\]distributed[/\\](?!checkpoint)|deepspeed[/\\])")
 _NOT_THE_USERS = (
     *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
+    os.path.dirname(os.path.dirname(torch.__file__)),  # an environment may build on another one
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
     "<frozen",
 )
@@ -126,6 +128,16 @@ def report(exception: BaseException) -> RankFailedError | None:
         The error to end with instead, if `exception` only follows from the failure of another rank; else None.
     """
     return None if _watch is None else _watch.report(exception)
+
+
+def end_at_once(cause: str, code: int) -> NoReturn:
+    """End this process and, if there is a watch, all ranks, which learn the cause."""
+    say(f"this process {cause}")
+    if _watch is not None:
+        _watch.announce(cause)
+    for child in children:
+        child.kill()
+    os._exit(code)
 
 
 class RankWatch:
@@ -219,6 +231,14 @@ class RankWatch:
                 self._changed.wait_for(lambda: self._informed, timeout=NEWS)
         return self._error(verdict) if communication and verdict and verdict.rank != self.rank else None
 
+    def announce(self, cause: str) -> None:
+        """Tell the other ranks why this one ends, from any thread."""
+        with self._changed:
+            if self.rank == 0:
+                self._on_failure(0, cause, communication=False)
+            else:
+                self._peers[0].send(failed=cause, communication=False)
+
     def _accuse(self, exception: BaseException, communication: bool) -> None:
         cause = ": ".join(filter(None, (type(exception).__name__, str(exception))))[:2000]
         if self.rank == 0:
@@ -235,7 +255,7 @@ class RankWatch:
         error = self.report(value)
         self._previous_hook(kind, value, trace)
         if error is not None:
-            _say(f"{type(error).__name__}: {error}")
+            say(f"{type(error).__name__}: {error}")
         self._ending = time.monotonic()
 
     # ---------------------------------------------------------------- the thread
@@ -370,7 +390,7 @@ class RankWatch:
             self._act_at = None
             if not self._own_failure:
                 # At once and not only in a traceback: a launcher may kill this process any moment.
-                _say(f"[rank {self.rank}] ending: {self.verdict.message}")
+                say(f"[rank {self.rank}] ending: {self.verdict.message}")
             if not self._reported:
                 self._ending = now
                 _raise_in_main_thread(self._error(self.verdict))
@@ -390,15 +410,17 @@ class RankWatch:
         return COLLECTIVE_GRACE if self._status.waiting else GRACE
 
     def _end_process(self) -> None:
-        _say(f"[rank {self.rank}] the main thread does not end: leaving at once")
+        say(f"[rank {self.rank}] the main thread does not end: leaving at once")
         for child in children:
             child.kill()
         os._exit(1)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print to standard error, if somebody is there to read it."""
     # Not sys.stderr: while torch's own hook prints a traceback, that is a buffer, lost if the process is killed.
-    print(line, file=sys.__stderr__, flush=True)
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.__stderr__, flush=True)
 
 
 class _Stack:

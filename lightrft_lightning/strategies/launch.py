@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import _TunerExitException
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from typing_extensions import override
 
 from lightrft_lightning.strategies import failures
@@ -159,6 +159,9 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         try:
             return super().launch(function, *args, **kwargs)
         except _TunerExitException:  # the end of Lightning's search for a batch size or learning rate
+            raise
+        except SIGTERMException:  # all ranks have agreed on it
+            self.procs.clear()  # Lightning's observer would kill this process once the first of them has ended
             raise
         except BaseException as exception:
             error = failures.report(exception)

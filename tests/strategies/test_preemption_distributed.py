@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+JOB = Path(__file__).parent / "jobs" / "preempted.py"
+SIGNALS = int(os.environ.get("LIGHTRFT_PREEMPTIONS", "2"))
+"""In each chain of runs."""
+SOME = ("background, validation within the epoch", "slurm", "two, the second, slurm")
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    """What came of every chain of runs in jobs/preempted.py; all of them, if `LIGHTRFT_PREEMPTIONS` is set."""
+    names = () if "LIGHTRFT_PREEMPTIONS" in os.environ else SOME
+    job = subprocess.run(
+        [sys.executable, str(JOB), str(tmp_path_factory.mktemp("runs")), str(SIGNALS), "3", *names],
+        capture_output=True, text=True, timeout=200 * SIGNALS, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert job.returncode == 0, job.stderr
+    return json.loads(job.stdout)
+
+
+def test_runs_that_are_preempted_at_random_moments_do_what_one_run_does(chains):
+    preempted = 0
+    for name, chain in chains.items():
+        if name not in ("twice", "requeued"):
+            *ended, (_, last) = chain["codes"]
+            assert last == [0] * chain["ranks"], chain["errors"]
+            assert all(codes == [143] * chain["ranks"] for _, codes in ended)
+            # Every iteration and validation once, with the same metrics to the last bit; the same weights at the end.
+            assert chain["log"] == chain["undisturbed"], (name, chain["codes"])
+            preempted += len(ended)
+    assert preempted >= SIGNALS * 2
+
+
+def test_all_that_ends_a_run_is_told_once(chains):
+    for name in ("slurm", "two, the second, slurm"):
+        ended = sum(codes[0] == 143 for _, codes in chains[name]["codes"])
+        assert len(re.findall(r"^SIGUSR1.*: the run ends after this iteration", chains[name]["errors"], re.M)) == ended
+        assert len(re.findall(r"^SIGUSR1: saved .*hpc_ckpt_\d\.ckpt$", chains[name]["errors"], re.M)) == ended
+        assert len(re.findall(r"^job 7 is queued again", chains[name]["errors"], re.M)) == ended
+    assert chains["requeued"] == "requeue 7\n" * chains["requeued"].count("\n") != ""
+    assert "SIGUSR1 on another rank: the run ends after this iteration" in chains["two, the second, slurm"]["errors"]
+    assert re.search(r"^SIGTERM: saved .*checkpoints/last\.ckpt$", chains[SOME[0]]["errors"], re.M)
+    assert not any("RankFailedError" in chain["errors"] for name, chain in chains.items() if name in SOME)
+
+
+def test_a_second_signal_ends_all_ranks_at_once(chains):
+    chain = chains["twice"]
+    ((_, codes),) = chain["codes"]
+    assert codes == [143, 1] and chain["log"] == [] and chain["seconds"] < 60
+    cause = "was told by a second signal, SIGTERM, to end at once"
+    assert f"this process {cause}" in chain["errors"]
+    assert re.search(rf"rank 1 ended because rank 0 .* failed: {cause}", chain["errors"])
