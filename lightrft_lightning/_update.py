@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightrft_lightning import algorithms
@@ -38,6 +39,7 @@ from lightrft_lightning.models.attention import (
     prefers_flex,
     use_kernel,
 )
+from lightrft_lightning.models.layers import evaluating, randomness
 from lightrft_lightning.models.logprobs import (
     completion_logprobs,
     find_causal_lm,
@@ -67,6 +69,10 @@ class Update(Settings):
     last_trajectories: list[Trajectory]
     """What the latest rollout produced, for callbacks that show it."""
 
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """All passes of an update: with dropout the ratios would compare two networks, neither that which sampled."""
+        return evaluating(*(m for m in (self.actor, self.reference, self.critic) if m is not None), recompute=True)
+
     def estimate_advantages(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Fill in the advantages; returns the trajectories that can be learnt from, in order. All ranks together.
 
@@ -80,12 +86,13 @@ class Update(Settings):
         sum_over_ranks = partial(self.strategy.all_reduce, op="sum")
         rewards = self._shaped_rewards(usable, sum_over_ranks)
         token_rewards = None
-        if self.kl_coef and self.kl_in == "reward":
-            self._score(usable)
-            token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
+        with self._evaluating():
+            if self.kl_coef and self.kl_in == "reward":
+                self._score(usable)
+                token_rewards = _padded([-self.kl_coef * self._kl_of(t) for t in usable])
+            if self.critic_settings is not None:
+                self._fill(usable, ("values",), lambda batch: (self._values(batch),))
         mask = _padded([torch.tensor(t.mask) for t in usable])
-        if self.critic_settings is not None:
-            self._fill(usable, ("values",), lambda batch: (self._values(batch),))
         result = algorithms.advantages(
             self.advantage_estimator,
             rewards,
@@ -128,11 +135,12 @@ class Update(Settings):
         models wait for one another.
         """
         self._warn_if_nothing_to_learn(trajectories)
-        if self.kl_in == "loss" or not self.kl_coef:
-            self._score(trajectories)
-        metrics = mean_over_steps(
-            [self._train_on(minibatch) | busy for minibatch, busy in self._minibatches(trajectories)]
-        )
+        with self._evaluating():
+            if self.kl_in == "loss" or not self.kl_coef:
+                self._score(trajectories)
+            metrics = mean_over_steps(
+                [self._train_on(minibatch) | busy for minibatch, busy in self._minibatches(trajectories)]
+            )
         if self.critic_settings is not None:
             metrics["explained_variance"] = self._explained_variance(trajectories)
         if self.kl_target is not None and "kl" in metrics:
@@ -335,6 +343,17 @@ class Update(Settings):
         return next((s for s in schedulers if s.optimizer is raw), None)
 
     # ---------------------------------------------------------------- the attention kernel
+
+    def _say_what_is_off(self) -> None:
+        found: dict[str, float] = {}
+        for model in (self.actor, self.critic):
+            found |= {} if model is None else randomness(model)
+        if found:
+            names = ", ".join(f"{name}={strength:g}" for name, strength in found.items())
+            rank_zero_info(
+                f"{names}: off in reinforcement learning, whose ratios and KL compare one network with itself "
+                "(on in SFTModule)"
+            )
 
     def _settle_attention(self) -> None:
         """Take ``flex_attention`` if it is named or, by ``auto``, to be preferred, and if it computes the right thing.

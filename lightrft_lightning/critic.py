@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._trainer import LR_SCHEDULES
 from lightrft_lightning.experience.packing import PackedBatch
+from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.scalar import completion_values, load_scalar_model, with_scalar_head
 
 
@@ -95,7 +96,7 @@ def new_critic(settings: Critic, source: Any, actor: Any) -> nn.Module:
         nn.init.zeros_(head.weight)
         return head
     if isinstance(settings.model, nn.Module):
-        return settings.model.train()
+        return in_training_mode(settings.model)
     start = source if settings.model is None else settings.model
     if start is not None:
         return load_scalar_model(start).train()

@@ -34,7 +34,7 @@ from lightrft_lightning.metrics import (
     reward_metrics,
     sample_result,
 )
-from lightrft_lightning.models.layers import checkpoint_activations, compile_layers
+from lightrft_lightning.models.layers import checkpoint_activations, compile_layers, in_training_mode
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
@@ -272,7 +272,7 @@ class RLHFModule(Update):
         self._source: Any = None if isinstance(model, nn.Module) else model
         check_adapters(model, lora, quantization)
         self._tokenizer = tokenizer
-        self.actor: PreTrainedModel | None = model.train() if isinstance(model, nn.Module) else None  # type: ignore[assignment]
+        self.actor: PreTrainedModel | None = in_training_mode(model) if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
         self.reward_models = nn.ModuleList()
         """Those of `rewards`, frozen; here, so that the strategy shards them."""
@@ -631,6 +631,7 @@ class RLHFModule(Update):
                     f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
                     + (", or raise token_budget" if name == "token_budget" else "")
                 )
+        self._say_what_is_off()
         self._settle_attention()
 
     # ---------------------------------------------------------------- checkpoints

@@ -18,6 +18,7 @@ from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_sc
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class SupervisedModule(pl.LightningModule):
         self._check("token_budget", token_budget >= 1, "at least 1")
         self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
-        self.model: Any = model.train() if isinstance(model, nn.Module) else None
+        self.model: Any = in_training_mode(model) if isinstance(model, nn.Module) else None
         self._sums: Sums = {}
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:

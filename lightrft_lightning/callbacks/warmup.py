@@ -102,11 +102,9 @@ class SupervisedWarmup(Callback):
         steps = 1 if trainer.fast_dev_run else self.steps  # type: ignore[attr-defined]
         actor = module.actor
         assert actor is not None
-        training = actor.training
         with isolate_rng():  # dropout
             torch.manual_seed(self.seed)
-            self._train(actor.train(), examples, steps, pl_module.device)
-        actor.train(training)
+            self._train(actor, examples, steps, pl_module.device)
         for engine in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(engine, RolloutCallback):
                 engine.stale = True

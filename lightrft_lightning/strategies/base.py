@@ -31,6 +31,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
+from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
@@ -285,7 +286,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         else:
             _thaw(model, known)
             _state_to(known.optimizer, self.root_device)
-            model.train()
+            in_training_mode(model)
         return (model, *rest) if isinstance(item, tuple | list) else model
 
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:

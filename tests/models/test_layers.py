@@ -5,11 +5,25 @@ import random
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    GPT2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+)
 
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
-from lightrft_lightning.models.layers import checkpoint_activations, compile_layers, uncompiled
+from lightrft_lightning.models.layers import (
+    checkpoint_activations,
+    compile_layers,
+    evaluating,
+    in_training_mode,
+    randomness,
+    uncompiled,
+)
 from lightrft_lightning.models.logprobs import completion_logprobs
 
 
@@ -77,3 +91,40 @@ def test_models_without_such_layers_are_refused():
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match="gradient_checkpointing=True: MambaForCausalLM does not support it"):
         checkpoint_activations(model)
+
+
+SMALL = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+RANDOM = {
+    "gpt2": (GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2), {"attn_dropout": 0.1, "resid_dropout": 0.1}),
+    "biogpt": (BioGptConfig(**SMALL, intermediate_size=16, layerdrop=0.5), {"layerdrop": 0.5, "dropout": 0.1}),
+    "mixtral": (
+        MixtralConfig(**SMALL, intermediate_size=16, num_key_value_heads=2, router_jitter_noise=0.9),
+        {"jitter_noise": 0.9},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_gradient_in_evaluation_mode_is_not_random_and_recomputes_layers(name):
+    config, expected = RANDOM[name]
+    torch.manual_seed(0)
+    model, batch = AutoModelForCausalLM.from_config(config).train(), batch_of((5, [9, 20]))
+    assert expected.items() <= randomness(model).items()
+    model.eval()
+    logprobs, gradient, plain = scored(model, batch)
+    model.train().get_output_embeddings().eval()
+    modes = [m.training for m in model.modules()]
+    checkpoint_activations(model)
+    with evaluating(model, recompute=True):
+        again, same, less = scored(model, batch)
+    assert torch.equal(again, logprobs) and (same - gradient).norm() < 1e-6 * gradient.norm()
+    assert less < plain / 2
+    assert [m.training for m in model.modules()] == modes
+    assert not torch.equal(completion_logprobs(model, batch).logprobs, logprobs)
+
+
+def test_parts_that_the_user_has_put_into_evaluation_mode_stay_there(tiny_model):
+    assert all(m.training for m in in_training_mode(tiny_model.eval()).modules())  # as `from_pretrained` leaves it
+    tiny_model.model.embed_tokens.eval()
+    in_training_mode(tiny_model)
+    assert [m for m in tiny_model.modules() if not m.training] == [tiny_model.model.embed_tokens]
