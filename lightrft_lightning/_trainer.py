@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.strategies.base import StrategyBase
@@ -18,11 +19,19 @@ def check_strategy(module: pl.LightningModule) -> None:
 
     Raises:
         TypeError: the Trainer has a strategy that is not one of this package.
+        ValueError: it would train weights of 16 bits.
     """
     if not isinstance(module.trainer.strategy, StrategyBase):
         raise TypeError(
             f"{type(module).__name__} trains through a lightrft strategy, got "
             f"{type(module.trainer.strategy).__name__}: use Trainer(strategy='lightrft_fake')"
+        )
+    precision, fitting = str(module.trainer.precision), module.trainer.state.fn == TrainerFn.FITTING
+    if fitting and precision.startswith(("bf16-true", "16-true", "transformer-engine")):
+        mixed = "16-mixed" if precision == "16-true" else "bf16-mixed"
+        raise ValueError(
+            f"Trainer(precision={precision!r}): {type(module).__name__} would train 16-bit weights, where steps are "
+            f"rounded away at the usual learning rates: use precision={mixed!r}, which keeps them in float32"
         )
     # Its advice is to save the weights of before the step, from which a resumed run could not go on.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")

@@ -38,6 +38,7 @@ from lightrft_lightning.models.layers import checkpoint_activations, compile_lay
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
+from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.rewards import Rewards
 
 if TYPE_CHECKING:
@@ -594,8 +595,10 @@ class RLHFModule(Update):
             find_causal_lm(self.actor).set_attn_implementation(kernel)
         if self.lora is not None and not has_adapters(self.actor):  # a second fit calls this again
             self.actor = add_lora(self.actor, self.lora, self.seed)
+        train_in_float32(self.actor)
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
+            train_in_float32(self.critic)
         if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
             self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
         for model in (self.actor, None if self._shares_trunk else self.critic):

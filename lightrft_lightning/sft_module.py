@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightrft_lightning._seeds import global_seed
 from lightrft_lightning._trainer import check_quantization
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.models.loading import load_model
 from lightrft_lightning.models.logprobs import completion_logprobs
-from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
+from lightrft_lightning.models.lora import check_adapters
 from lightrft_lightning.supervised import Sums, SupervisedModule
 
 
@@ -65,12 +64,6 @@ class SFTModule(SupervisedModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         check_quantization(self.strategy, self.quantization)
-
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self.lora is not None and not has_adapters(self.model):  # a second fit calls this again
-            self.model = add_lora(self.model, self.lora, global_seed())
 
     @override
     def _load_model(self, source: Any) -> nn.Module:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._seeds import global_seed
 from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
+from lightrft_lightning.models.lora import add_lora, has_adapters
+from lightrft_lightning.models.precision import train_in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -262,6 +265,9 @@ class SupervisedModule(pl.LightningModule):
             alone = self._trainer is None
             with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=self.lora is None):
                 self.model = self._load_model(self._source).train()
+        if self.lora is not None and not has_adapters(self.model):  # a second fit calls this again
+            self.model = add_lora(self.model, self.lora, global_seed())
+        train_in_float32(self.model)
 
     @override
     def configure_optimizers(self) -> Any:

@@ -32,12 +32,15 @@ from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
 from lightrft_lightning.models.layers import in_training_mode
+from lightrft_lightning.models.precision import LOW, train_in_float32
 from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
 from lightrft_lightning.strategies.preemption import end_when_preempted
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
     from lightrft_lightning.data import ResumableDataLoader
 
 log = logging.getLogger(__name__)
@@ -212,6 +215,13 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
 
     # ---------------------------------------------------------------- models and optimizers
 
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        parameters = (p for o in self.optimizers for group in o.param_groups for p in group["params"])
+        if (low := next((p.dtype for p in parameters if p.dtype in LOW), None)) is not None:
+            log.warning("weights in %s are trained, where small steps are rounded away: keep them in float32", low)
+
     def create_optimizer(
         self,
         model: nn.Module,
@@ -222,6 +232,8 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         **kwargs: Any,
     ) -> Optimizer:
         """Fused AdamW over the trainable parameters, of 8 bits with ``adam_8bit``; no weight decay on biases and norms.
+
+        Weights in 16 bits become float32 in place, see `models.precision`.
 
         Args:
             model: the model to train. If `prepare` froze it, it is trainable again.
@@ -235,6 +247,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         """
         known = self._models.setdefault(model, _Trained())
         _thaw(model, known)
+        train_in_float32(model)
         decay = self.config.l2 if weight_decay is None else weight_decay
         groups = [
             {"params": params, "weight_decay": d}
@@ -279,6 +292,8 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         optimizer, scheduler = (*rest, None, None)[:2]
         known.optimizer = known.optimizer if optimizer is None else optimizer
         known.scheduler = known.scheduler if scheduler is None else scheduler
+        if known.optimizer is not None:
+            train_in_float32(model)
         model = self._wrap(model, known)
         if known.optimizer is None:
             known.frozen += tuple(p for p in model.parameters() if p.requires_grad)
@@ -459,7 +474,16 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         return norm
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
-        """Update `ema` in place: ``ema = beta · ema + (1 − beta) · model``; buffers are copied."""
+        """Update `ema` in place: ``ema = beta · ema + (1 − beta) · model``; buffers are copied.
+
+        Raises:
+            ValueError: `ema` has weights of 16 bits, where so small a change is rounded away.
+        """
+        low = next((p.dtype for p in ema.parameters() if p.dtype in LOW), None)
+        if low is not None:
+            raise ValueError(
+                f"moving_average(model, ema): ema is in {low}, where its changes are rounded away: ema.float()"
+            )
         with torch.no_grad():
             for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
                 average.lerp_(parameter.to(average.device, average.dtype), 1 - beta)
