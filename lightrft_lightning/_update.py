@@ -60,7 +60,9 @@ class Update(Settings):
     actor: PreTrainedModel | None
     """The policy."""
     reference: PreTrainedModel | None
-    """The starting policy, if there is a KL penalty and no adapter that can be switched off."""
+    """The starting policy, if there is a KL penalty and no adapter."""
+    start: dict[str, Tensor] | None
+    """With adapters: what is trained as it was at the start, in CPU memory."""
     critic: nn.Module | None
     """A `load_scalar_model`, or a linear head if the critic shares the policy's trunk."""
     reward_moments: algorithms.RunningMoments
@@ -503,8 +505,17 @@ class Update(Settings):
         if self.reference is not None:
             yield self.reference
             return
-        with self.actor.disable_adapter():  # type: ignore[union-attr, operator]
-            yield self.actor
+        actor, values = self.actor, self.start
+        assert actor is not None and values is not None
+        trained = {name for name, p in actor.named_parameters() if p.requires_grad}
+        if changed := sorted(trained ^ values.keys()):
+            now = "now" if changed[0] in trained else "no longer"
+            raise RuntimeError(
+                f"kl_coef={self.kl_coef}: {changed[0]} is {now} trained, so the starting policy is not known: "
+                "leave what is trained as it was at the start of the fit"
+            )
+        with self.strategy.replaced_weights(actor, values):
+            yield actor
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

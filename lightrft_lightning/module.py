@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
@@ -37,7 +37,7 @@ from lightrft_lightning.metrics import (
 from lightrft_lightning.models.layers import checkpoint_activations, compile_layers, in_training_mode
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
-from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
+from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters, trained_values
 from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.rewards import Rewards
 
@@ -118,7 +118,7 @@ class RLHFModule(Update):
             log-probabilities of a dense mask there, which is looked at once; otherwise ``sdpa``, or what a model object
             has. If ``flex_attention`` is named and does not give them, that is an error.
         lora: train LoRA matrices around the linear layers in place of the weights: settings of `peft.LoraConfig`;
-            ``{}``: rank 16 around all but the output head. The reference is then the model without them.
+            ``{}``: rank 16 around all but the output head. The reference is then the model with them as they started.
         quantization: ``nf4``: with `lora`, the weights under the matrices in four bits (QLoRA; extra
             `bitsandbytes`), in one process or under ZeRO-1 and 2. Exported and sent to engines they are numbers of full
             precision again.
@@ -275,6 +275,7 @@ class RLHFModule(Update):
         self._tokenizer = tokenizer
         self.actor: PreTrainedModel | None = in_training_mode(model) if isinstance(model, nn.Module) else None  # type: ignore[assignment]
         self.reference: PreTrainedModel | None = None
+        self.start: dict[str, Tensor] | None = None
         self.reward_models = nn.ModuleList()
         """Those of `rewards`, frozen; here, so that the strategy shards them."""
         self.critic: nn.Module | None = None
@@ -599,8 +600,12 @@ class RLHFModule(Update):
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
             train_in_float32(self.critic)
-        if self.kl_coef and self.reference is None and not hasattr(self.actor, "disable_adapter"):
-            self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        if self.kl_coef and self.reference is None and self.start is None:
+            # Not the model without its adapters: these may start anywhere, and their base weights change (PiSSA).
+            if has_adapters(self.actor):
+                self.start = trained_values(self.actor)
+            else:
+                self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
         for model in (self.actor, None if self._shares_trunk else self.critic):
             if self.gradient_checkpointing and model is not None:
                 checkpoint_activations(model)
@@ -657,6 +662,8 @@ class RLHFModule(Update):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         moments = self.reward_moments.state_dict()
         checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef, "reward_moments": moments}
+        if self.start is not None:
+            checkpoint[_START] = self.start
         self.finish_sampling()
         if self._sampled_ahead is not None:
             state = sampled_state(self._sampled_ahead, self.strategy.gather_objects)
@@ -670,6 +677,8 @@ class RLHFModule(Update):
         self.iteration = state["iteration"]
         if self.kl_target is not None:
             self.kl_coef = state.get("kl_coef", self.kl_coef)
+        if self.kl_coef and _START in checkpoint:
+            self.start = {name: checkpoint[_START][name] for name in checkpoint[_START]}
         if "reward_moments" in state:
             self.reward_moments.load_state_dict(state["reward_moments"])
         if self.staleness and "sampled_ahead" in state and self._trainer is not None:
@@ -780,6 +789,9 @@ def _reward_norm(config: StrategyConfig) -> str:
 def _as_sampling(value: SamplingParams | Mapping[str, Any]) -> SamplingParams:
     return value if isinstance(value, SamplingParams) else SamplingParams(**value)
 
+
+_START = "lightrft_start"
+"""In a checkpoint: the starting values of what is trained under adapters, for the KL penalty of a run that goes on."""
 
 _FROZEN = ("reference", "reward_models")
 """Parts of the module that come from their sources, so that checkpoints need not hold them."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -61,6 +62,70 @@ def test_adapters_alone_are_trained_and_the_exported_model_computes_the_same(tmp
     convert(tmp_path / "kept", tmp_path / "converted")
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").state_dict()
     assert_same(converted, exported.state_dict())
+
+
+def test_the_reference_of_a_resumed_run_is_the_policy_as_it_first_started(tmp_path, folder):
+    settings = {"model": folder, "lora": {"r": 4, "init_lora_weights": "pissa"}, "kl_coef": 0.2, "lr": 3e-3}
+    whole = make_module(**settings)
+    _, record = fit(tmp_path / "whole", whole)
+    assert record.metrics[0]["train/kl"] == 0 and record.metrics[-1]["train/kl"] > 1e-5
+    assert whole.reference is None
+    assert set(whole.start) == {name for name, p in whole.actor.named_parameters() if p.requires_grad}
+    fit(tmp_path / "parts", make_module(**settings), stop=2)
+    resumed = make_module(**settings)
+    resumed.seed = 77  # of other matrices
+    resumed.configure_model()
+    resumed.seed = whole.seed
+    _, rest = fit(tmp_path / "parts", resumed, ckpt_path="last")
+    assert [m["train/kl"] for m in rest.metrics] == [m["train/kl"] for m in record.metrics[2:]]
+    assert_same(weights_of(resumed), weights_of(whole))
+
+
+STARTS = [
+    {"init_lora_weights": "olora"},
+    {"bias": "all"},
+    {"modules_to_save": ["lm_head"], "use_dora": True},
+    {"trainable_token_indices": [3, 4]},
+]
+
+
+@pytest.mark.parametrize("lora", STARTS, ids=lambda lora: next(iter(lora)))
+def test_the_reference_is_where_whatever_is_trained_started(tmp_path, lora):
+    record, module = Record(), make_module(lora={"r": 4, **lora}, kl_coef=0.2, lr=1e-2)
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0).fit(module, make_data())
+    assert record.metrics[0]["train/kl"] == 0 and record.metrics[1]["train/kl"] > 1e-6
+
+
+def adapted(config):
+    """With one adapter that was trained before."""
+    model = peft.get_peft_model(tiny_llama(seed=0, width=32, layers=2), config)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LoHaConfig", "VeraConfig", "OFTConfig", "LNTuningConfig"])
+def test_adapters_of_any_kind_that_were_trained_before_are_where_the_policy_starts(tmp_path, kind):
+    more = {"IA3Config": {"feedforward_modules": []}, "LNTuningConfig": {"target_modules": ["input_layernorm"]}}
+    model = adapted(getattr(peft, kind)(**{"target_modules": ["q_proj", "o_proj"], **more.get(kind, {})}))
+    if kind == "LoraConfig":  # two, of which one is trained
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+        model.set_adapter("second")
+    record, module = Record(), make_module(model=model, kl_coef=0.2, lr=1e-2)
+    make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0).fit(module, make_data())
+    assert record.metrics[0]["train/kl"] == 0 and record.metrics[1]["train/kl"] > 1e-6
+
+
+def test_what_is_trained_may_not_change_while_it_is_compared_with_its_start(tmp_path):
+    class Thaw(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.actor.get_output_embeddings().weight.requires_grad_(batch_idx > 0)
+
+    trainer = make_trainer(tmp_path, callbacks=[Thaw()], limit_val_batches=0)
+    with pytest.raises(RuntimeError, match=r"kl_coef=0.2: .*lm_head.weight is now trained, so the starting policy"):
+        trainer.fit(make_module(lora={"r": 2}, kl_coef=0.2), make_data())
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says there what files are in memory")

@@ -133,7 +133,7 @@ def predict(planned: Planned, machine: Machine = UNKNOWN) -> Plan:
     if critic is not None:
         values = passes_of(planned, critic, batch, completion_values)
         trained.append(_under_strategy(planned, sizes_of(critic), values, count))
-    reference = planned.kl_coef > 0 and not planned.lora_rank  # adapters are switched off for it
+    reference = planned.kl_coef > 0 and not planned.lora_rank  # of adapters the starting values are in CPU memory
     frozen = [_under_strategy(planned, sizes, policy_passes, count, frozen=True)] if reference else []
 
     engine = _Engine.of(planned, config, sizes)

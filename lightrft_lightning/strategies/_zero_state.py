@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,6 +58,18 @@ class ZeroCheckpoints(DistributedStrategy):
                 self._part(parameter).copy_(self._averages[parameter])
         for zero in self._engines_in(model):
             model_loaded(zero)
+
+    @override
+    def _weights_in_use(self, model: nn.Module, names: Collection[str]) -> dict[str, FlatTensor]:
+        found: dict[str, FlatTensor] = {}
+        for zero in self._engines_in(model):
+            free_gathered(zero)
+            shards = {id(p): zero.shard(p) for _, p in zero.sharded()}
+            for name, p in model.named_parameters():
+                if name in names and id(p) in shards:
+                    piece = shards[id(p)]
+                    found[name] = FlatTensor(_shape(p), p.dtype, () if piece is None else (tuple(piece),))  # type: ignore[arg-type]
+        return super()._weights_in_use(model, set(names) - found.keys()) | found
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -123,10 +135,7 @@ def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
 
 def model_loaded(zero: ZeroModel) -> None:
     """Let the weights that the model computes with follow those of `model_tensors`. All ranks together."""
-    for _, parameter in zero.sharded():  # what was gathered before is out of date
-        if parameter.ds_status.name == "AVAILABLE":
-            parameter.partition()
-        parameter.ds_secondary_tensor = None
+    free_gathered(zero)  # it is out of date
     if zero.optimizer is None:
         return
     if zero.stage < 3:
@@ -134,6 +143,14 @@ def model_loaded(zero: ZeroModel) -> None:
         return
     for low, full in zip(zero.zero.fp16_partitioned_groups_flat, zero.zero.fp32_partitioned_groups_flat, strict=True):
         low.data.copy_(full.data)
+
+
+def free_gathered(zero: ZeroModel) -> None:
+    """Leave nothing of sharded parameters but this rank's part. All ranks together."""
+    for _, parameter in zero.sharded():
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+        parameter.ds_secondary_tensor = None
 
 
 def optimizer_tensors(zero: ZeroModel, names: Names, saved: Mapping[str, TensorInfo] | None) -> dict[str, FlatTensor]:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
+from lightrft_lightning.checkpoints.flat import FlatTensor
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
 from lightrft_lightning.models.layers import in_training_mode
@@ -500,6 +501,32 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         and every rank needs the memory for the whole model. No gradient is computed inside.
         """
         yield
+
+    @contextlib.contextmanager
+    def replaced_weights(self, model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, some parameters of `model` have other values. All ranks together; no optimizer steps inside.
+
+        Args:
+            model: as it was prepared.
+            values: whole tensors by the names of the parameters.
+        """
+        parts = self._weights_in_use(model, values)
+        before = {name: [piece.clone() for _, piece in part.pieces] for name, part in parts.items()}
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_from(values[name])
+        try:
+            yield
+        finally:
+            self._weights_in_use(model, {})  # nothing that was gathered inside stays
+            with torch.no_grad():
+                for name, part in parts.items():
+                    for (_, piece), value in zip(part.pieces, before[name], strict=True):
+                        piece.copy_(value)
+
+    def _weights_in_use(self, model: nn.Module, names: Collection[str]) -> dict[str, FlatTensor]:
+        """What this rank holds of these parameters for forward passes, as views; nothing of `model` stays gathered."""
+        return {name: FlatTensor.of(p) for name, p in model.named_parameters() if name in names}
 
     # ---------------------------------------------------------------- export
 

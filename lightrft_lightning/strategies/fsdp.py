@@ -6,7 +6,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -295,6 +295,11 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         _reshard(model)
         for name, parameter in super().named_full_tensors(model, names):
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+    @override
+    def _weights_in_use(self, model: nn.Module, names: Collection[str]) -> dict[str, FlatTensor]:
+        _reshard(model)
+        return super()._weights_in_use(model, names)
 
     @override
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:

@@ -121,6 +121,15 @@ def check_lora_by_settings():
     assert_independent_of_ranks(model=MODEL, lora={"r": 4}, kl_coef=0.1)
 
 
+def check_the_reference_of_adapters_is_where_they_start():
+    # PiSSA changes the weights below them, and trained biases are no part of them.
+    settings = {"lora": {"r": 4, "init_lora_weights": "pissa", "bias": "all"}, "kl_coef": 0.5, "lr": 3e-3}
+    _, metrics = assert_independent_of_ranks(**settings, iterations=3)
+    assert metrics["train/kl"] > 1e-4
+    *_, metrics = train(STRATEGY, RANKS, **{**settings, "lr": 0.0}, iterations=1)
+    assert abs(metrics["train/kl"]) < 1e-6
+
+
 def check_weights_in_four_bits():
     settings = {"model": MODEL, "lora": {"r": 4}, "quantization": "nf4", "kl_coef": 0.1}
     if STRATEGY.endswith(("fsdp", "stage_3")):
