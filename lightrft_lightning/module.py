@@ -22,6 +22,8 @@ from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.rollout import RolloutCallback
+from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
+from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
@@ -286,6 +288,7 @@ class RLHFModule(Update):
         self._sampled_ahead: Sampled | None = None
         self._evaluated: dict[int, list[list[SampleResult]]] = {}
         """The groups of each validation set so far."""
+        self._given: dict[str, Any] | None = None
         self._is_offloaded = False
         self.register_state_dict_post_hook(_drop_frozen)
         self.register_load_state_dict_pre_hook(_add_frozen)
@@ -625,6 +628,7 @@ class RLHFModule(Update):
 
     @override
     def on_fit_start(self) -> None:
+        self._given = given(self)
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
         limits = {
@@ -662,6 +666,7 @@ class RLHFModule(Update):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         moments = self.reward_moments.state_dict()
         checkpoint["lightrft"] = {"iteration": self.iteration, "kl_coef": self.kl_coef, "reward_moments": moments}
+        checkpoint[SETTINGS] = self._given
         if self.start is not None:
             checkpoint[_START] = self.start
         self.finish_sampling()
@@ -675,8 +680,11 @@ class RLHFModule(Update):
         if state is None:
             raise ValueError("this checkpoint was not written by RLHFModule: it holds no iteration count")
         self.iteration = state["iteration"]
-        if self.kl_target is not None:
-            self.kl_coef = state.get("kl_coef", self.kl_coef)
+        let_given_win(self, self._given, checkpoint)
+        adapted = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("kl_target", 0) is not None
+        if self.kl_target is not None and adapted and "kl_coef" in state:
+            self.kl_coef = state["kl_coef"]
+            rank_zero_info(f"kl_coef goes on at {self.kl_coef:.4g}, as kl_target has adapted it")
         if self.kl_coef and _START in checkpoint:
             self.start = {name: checkpoint[_START][name] for name in checkpoint[_START]}
         if "reward_moments" in state:

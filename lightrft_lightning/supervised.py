@@ -16,6 +16,8 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import global_seed
 from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
+from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
+from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
@@ -101,6 +103,7 @@ class SupervisedModule(pl.LightningModule):
         self._tokenizer = tokenizer
         self.model: Any = in_training_mode(model) if isinstance(model, nn.Module) else None
         self._sums: Sums = {}
+        self._given: dict[str, Any] | None = None
 
     def _check(self, name: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -275,6 +278,7 @@ class SupervisedModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        self._given = given(self)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("train_prompts", "val_prompts"):
             self._checked(getattr(data, name, None) or ())
@@ -294,6 +298,14 @@ class SupervisedModule(pl.LightningModule):
             ValueError: such a name.
         """
         return load_module(cls, checkpoint_path, *args, **kwargs)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[SETTINGS] = self._given
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        let_given_win(self, self._given, checkpoint)
 
 
 def trajectories_of(prompts: Iterable[Prompt]) -> list[Trajectory]:

@@ -130,6 +130,29 @@ def check_the_reference_of_adapters_is_where_they_start():
     assert abs(metrics["train/kl"]) < 1e-6
 
 
+def check_settings_given_to_a_resumed_run():
+    """They hold from its first step, with the moments that the checkpoint has."""
+    kept = FOLDER / f"{STRATEGY}.ckpt"
+
+    def run(strategy, ranks, epochs, ckpt_path=None, **settings):
+        module = make_module(**settings)
+        limits = {"limit_train_batches": 1, "limit_val_batches": 0, "max_epochs": epochs}
+        trainer = make_trainer(FOLDER, strategy=strategy, devices=ranks, **limits)
+        trainer.fit(module, make_data(batch_size=4 // ranks, shuffle=False), ckpt_path=ckpt_path)
+        if ckpt_path is None:
+            trainer.save_checkpoint(kept)
+        rates = {(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups}
+        return rates, torch.cat([v.flatten() for _, v in trainer.strategy.named_full_tensors(module.actor)])
+
+    _, before = run(STRATEGY, RANKS, 1, lr_schedule="cosine")  # at its end, where the rate is 0
+    now = {"ckpt_path": str(kept), "lr": 2e-3, "weight_decay": 0.1}
+    rates, together = run(STRATEGY, RANKS, 2, **now)
+    assert rates == {(2e-3, 0.1), (2e-3, 0.0)}, rates
+    with one_process():
+        _, alone = run("lightrft_fake", 1, 2, **now)
+    assert (together - alone).norm() < 2e-3 * (alone - before).norm() != 0
+
+
 def check_weights_in_four_bits():
     settings = {"model": MODEL, "lora": {"r": 4}, "quantization": "nf4", "kl_coef": 0.1}
     if STRATEGY.endswith(("fsdp", "stage_3")):
