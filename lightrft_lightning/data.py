@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from os import PathLike
@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.experience.trajectory import Prompt
+from lightrft_lightning.models.tokens import end_ids, prompt_ids, tell_added_ids
 
 log = logging.getLogger(__name__)
 
@@ -539,22 +540,33 @@ class PromptDataModule(pl.LightningDataModule):
         rendered = [self._render(c, tokenizer, use_template, w) for c, w in zip(contents, wheres, strict=True)]
         texts = [text for text, _ in rendered]
         # A rendered chat template brings its own special tokens.
-        ids = tokenizer(texts, add_special_tokens=not use_template)["input_ids"]
+        ids = prompt_ids(tokenizer, texts, special_tokens=not use_template)
+        if not use_template:
+            tell_added_ids(tokenizer, texts[0])
         hidden = None if self.template is not None else self.prompt_column
         prompts = [
             Prompt(tuple(tokens), text, {k: v for k, v in row.items() if k != hidden}, messages=messages)
             for tokens, (text, messages), row in zip(ids, rendered, rows, strict=True)
         ]
-        if columns and tokenizer.eos_token_id is None:
+        ends = self._end_ids(tokenizer) if columns else frozenset()
+        if columns and not ends:
             raise ValueError(
                 f"completion_columns={columns!r}: the tokenizer has no end token (eos_token) to end them with"
             )
         if columns:
             prompts = [
-                replace(prompt, completions=self._completions(prompt, content, columns, tokenizer, use_template, where))
+                replace(
+                    prompt,
+                    completions=self._completions(prompt, content, columns, tokenizer, ends, where),
+                )
                 for prompt, content, where in zip(prompts, contents, wheres, strict=True)
             ]
         return self._check_lengths(prompts, name)
+
+    def _end_ids(self, tokenizer: Any) -> frozenset[int]:
+        """What ends a completion of the module's model."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return end_ids(getattr(module, "model_or_source", None), tokenizer)
 
     def _columns_with_completions(self) -> tuple[str, ...]:
         module = self.trainer.lightning_module if self.trainer else None
@@ -562,10 +574,16 @@ class PromptDataModule(pl.LightningDataModule):
         return tuple(getattr(module, "completion_columns", ()) if given is None else given)
 
     def _completions(
-        self, prompt: Prompt, content: Any, columns: Sequence[str], tokenizer: Any, use_template: bool, where: str
+        self,
+        prompt: Prompt,
+        content: Any,
+        columns: Sequence[str],
+        tokenizer: Any,
+        ends: frozenset[int],
+        where: str,
     ) -> tuple[tuple[int, ...], ...]:
         """Token ids of the texts after `prompt`, which was made from `content`."""
-        result = []
+        result, use_template = [], bool(prompt.messages)
         for column in columns:
             answer = _answer(prompt.fields, column, content, where)
             whole = prompt.text + answer
@@ -577,7 +595,7 @@ class PromptDataModule(pl.LightningDataModule):
                         f"way: {_short(whole)}, and alone {_short(prompt.text)}. Set chat_template=False"
                     )
             _check_unicode(whole, f"{where}: column {column!r}")
-            result.append(completion_ids(tokenizer, prompt, whole, special_tokens=not use_template))
+            result.append(completion_ids(tokenizer, prompt, whole, special_tokens=not use_template, ends=ends))
         return tuple(result)
 
     def _use_chat_template(self, tokenizer: Any, name: str) -> bool:
@@ -690,14 +708,17 @@ def _answer(row: Mapping[str, Any], column: str, prompt: Any, where: str) -> str
     return value[-1]["content"]
 
 
-def completion_ids(tokenizer: Any, prompt: Prompt, whole: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-    """The token ids that follow those of `prompt` in `whole`, up to the end token, which is added if it is not there.
+def completion_ids(
+    tokenizer: Any, prompt: Prompt, whole: str, *, special_tokens: bool = True, ends: Collection[int] | None = None
+) -> tuple[int, ...]:
+    """The token ids that follow those of `prompt` in `whole`, up to the first that ends a completion.
 
-    The ids of the prompt stay as an engine gets them; where a tokenizer would merge across the border, the rest is
-    tokenised by itself.
+    If there is none, the tokenizer's end token is added. The ids of the prompt stay as an engine gets them; where a
+    tokenizer would merge across the border, the rest is tokenised by itself.
 
     Args:
-        tokenizer: has an end token.
+        tokenizer: has an end token, unless there are
+        ends: what ends a completion, see `models.tokens.end_ids`; default: as far as the tokenizer alone tells.
         prompt: tokenised already.
         whole: its text with what follows.
         special_tokens: whether the tokenizer added its own to the prompt.
@@ -706,9 +727,11 @@ def completion_ids(tokenizer: Any, prompt: Prompt, whole: str, *, special_tokens
     rest = ids[length:]
     if tuple(ids[:length]) != prompt.token_ids:
         rest = tokenizer(whole[len(prompt.text) :], add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
+    ends = end_ids(None, tokenizer) if ends is None else ends
     # Templates write more after a turn's end, e.g. a line break, which an engine that stops there never sees.
-    return (*(rest[: rest.index(end)] if end in rest else rest), end)
+    at = next((k for k, i in enumerate(rest) if i in ends), len(rest))
+    default = min(ends) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return (*rest[:at], rest[at] if at < len(rest) else default)
 
 
 def _check_unicode(text: str, where: str) -> None:

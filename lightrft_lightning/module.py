@@ -40,7 +40,9 @@ from lightrft_lightning.models.layers import checkpoint_activations, compile_lay
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters, trained_values
+from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
+from lightrft_lightning.models.tokens import check_data_ids
 from lightrft_lightning.rewards import Rewards
 
 if TYPE_CHECKING:
@@ -538,6 +540,11 @@ class RLHFModule(Update):
         return self._tokenizer
 
     @property
+    def model_or_source(self) -> Any:
+        """What the policy is, or will be loaded from."""
+        return self._source if self.actor is None else self.actor
+
+    @property
     def rollout_engine(self) -> RolloutCallback:
         """The Trainer's rollout callback."""
         return next(c for c in self.trainer.callbacks if isinstance(c, RolloutCallback))  # type: ignore[attr-defined]
@@ -644,6 +651,10 @@ class RLHFModule(Update):
                     + (", or raise token_budget" if name == "token_budget" else "")
                 )
         self._say_what_is_off()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for name in ("train", "val"):
+            check_data_ids(name, getattr(data, f"{name}_prompts", None) or (), self.actor, self.tokenizer)
+        tell_ignored_outputs(self.actor)  # type: ignore[arg-type]
         self._settle_attention()
 
     # ---------------------------------------------------------------- checkpoints

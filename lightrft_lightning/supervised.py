@@ -24,7 +24,9 @@ from lightrft_lightning.experience.trajectory import Completion, Prompt, Traject
 from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
 from lightrft_lightning.models.lora import add_lora, has_adapters
+from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
+from lightrft_lightning.models.tokens import check_data_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -253,6 +255,11 @@ class SupervisedModule(pl.LightningModule):
         return self._tokenizer
 
     @property
+    def model_or_source(self) -> Any:
+        """What the model is, or will be loaded from."""
+        return self._source if self.model is None else self.model
+
+    @property
     def strategy(self) -> StrategyBase:
         """The Trainer's strategy."""
         return self.trainer.strategy  # type: ignore[return-value]
@@ -281,7 +288,10 @@ class SupervisedModule(pl.LightningModule):
         self._given = given(self)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("train_prompts", "val_prompts"):
-            self._checked(getattr(data, name, None) or ())
+            prompts = getattr(data, name, None) or ()
+            self._checked(prompts)
+            check_data_ids(name.removesuffix("_prompts"), prompts, self.model, self.tokenizer)
+        tell_ignored_outputs(self.model)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -21,6 +21,7 @@ from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.data import completion_ids
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Prompt
+from lightrft_lightning.models.tokens import end_ids
 from lightrft_lightning.sft_module import answer_loss
 from lightrft_lightning.strategies.deepspeed import DeepspeedStrategy
 from lightrft_lightning.supervised import trajectories_of
@@ -83,7 +84,8 @@ class SupervisedWarmup(Callback):
         prompts = getattr(trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         if not prompts:
             raise ValueError("SupervisedWarmup needs a data module with `train_prompts`, as PromptDataModule has")
-        self._examples = [self._example(prompt, i, module.tokenizer) for i, prompt in enumerate(prompts)]
+        ends = end_ids(module.actor, module.tokenizer)
+        self._examples = [self._example(prompt, i, module.tokenizer, ends) for i, prompt in enumerate(prompts)]
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,9 +147,10 @@ class SupervisedWarmup(Callback):
             chosen, order = order[: self.batch_size], order[self.batch_size :]
             yield [examples[i] for i in chosen]
 
-    def _example(self, prompt: Prompt, index: int, tokenizer: Any) -> Prompt:
+    def _example(self, prompt: Prompt, index: int, tokenizer: Any, ends: frozenset[int]) -> Prompt:
         if self.answer_column not in prompt.fields:
             known = unknown_name("column", self.answer_column, prompt.fields)
             raise ValueError(f"SupervisedWarmup: training prompt {index}: {known}")
-        answer = completion_ids(tokenizer, prompt, prompt.text + str(prompt.fields[self.answer_column]))
+        whole = prompt.text + str(prompt.fields[self.answer_column])
+        answer = completion_ids(tokenizer, prompt, whole, special_tokens=not prompt.messages, ends=ends)
         return replace(prompt, completions=(answer,))

@@ -144,6 +144,7 @@ class ServedRollout(EngineWithCopy):
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if not self._connected:
             self.tokenizer = tokenizer
+            self.know_tokens(model, tokenizer)
             self._connect(partial(self._save, model, tokenizer))
 
     def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -322,6 +323,8 @@ class ServedRollout(EngineWithCopy):
         numbers = range(len(prompts)) if streams is None else streams
         mine: list[Request] = list(zip(prompts, numbers, images or [()] * len(prompts), strict=True))
         of_ranks: list[list[Request]] = self._gather(mine)
+        if images is None:  # placeholders of images may have ids of their own
+            self.check_ids([prompt for requests in of_ranks for prompt, *_ in requests])  # on all ranks alike
         first = sum(map(len, of_ranks[: self._ranks()[0]]))
         return mine, first, dict(enumerate(request for requests in of_ranks for request in requests))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+from lightrft_lightning.models.tokens import check_ids, embedded_ids, end_ids, prompt_ids
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
@@ -83,11 +84,24 @@ class RolloutEngine(ABC):
     has_copy: bool = False
     """Whether the engine has weights of its own, which `update_weights` must bring up to date."""
 
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end a completion."""
+    vocabulary_size: int | None = None
+    """How many ids the model has embeddings for, if that is known."""
+
+    def know_tokens(self, model: Any, tokenizer: Any) -> None:
+        """Find out which ids end a completion and which there are, of a model or its folder."""
+        self.end_ids, self.vocabulary_size = end_ids(model, tokenizer), embedded_ids(model)
+
+    def check_ids(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ValueError if a prompt has an id that the model has no embedding for; before anything is generated."""
+        check_ids(((f"prompt {i}", ids) for i, ids in enumerate(prompts)), self.vocabulary_size, self.tokenizer)
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts that are given as text, by the engine's own tokenizer."""
         if self.tokenizer is None:
             raise RuntimeError(f"{type(self).__name__} has no tokenizer: give token ids, or a tokenizer")
-        return [self.tokenizer(text)["input_ids"] for text in texts]
+        return prompt_ids(self.tokenizer, texts)
 
     @abstractmethod
     def generate(

@@ -269,6 +269,7 @@ class SGLangRollout(ServedRollout):
             "min_p": 0.0,
             "repetition_penalty": 1.0,
             "stop": list(sampling.stop),
+            "stop_token_ids": sorted(self.end_ids),
             "no_stop_trim": True,
         }
         body: dict[str, Any] = {

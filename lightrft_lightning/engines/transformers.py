@@ -35,6 +35,7 @@ from lightrft_lightning.experience.trajectory import Completion, FinishReason, S
 from lightrft_lightning.models.attention import without_flex_attention
 from lightrft_lightning.models.layers import evaluating, uncompiled
 from lightrft_lightning.models.outputs import plain_outputs
+from lightrft_lightning.models.tokens import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,8 +58,8 @@ class TransformersRollout(RolloutCallback):
     temperature, then `top_k` (tokens tied with the k-th stay), then `top_p`, renormalised. Greedy decoding
     (temperature 0) reports the log-probability under the plain softmax at temperature 1.
 
-    A completion ends with reason ``eos`` (a token of the generation config's or the tokenizer's end-of-sequence ids),
-    ``stop`` (its text contains a stop string) or ``length``; of several at the same token, the first of these counts.
+    A completion ends with reason ``eos`` (a token of `models.tokens.end_ids`), ``stop`` (its text contains a stop
+    string) or ``length``; of several at the same token, the first of these counts.
 
     Example:
         >>> trainer = Trainer(callbacks=[TransformersRollout(max_batch_size=64)])  # doctest: +SKIP
@@ -82,6 +83,12 @@ class TransformersRollout(RolloutCallback):
         if model is not self._model:
             self._memory = None
         self._model, self.tokenizer = model, tokenizer
+        self.know_tokens(model, tokenizer)
+
+    @property
+    def reads_with(self) -> str | None:
+        """How the model keeps what it has read (see `engines.memory`), once that is known."""
+        return None if self._memory is None else self._memory.told
 
     def settle(self) -> None:
         """Find out, once for a model, how to generate with it; `generate` does it. With whole weights.
@@ -136,6 +143,7 @@ class TransformersRollout(RolloutCallback):
         if self._model is None or self.tokenizer is None:
             raise RuntimeError("TransformersRollout has no model yet: call connect(model, tokenizer) before generate()")
         _check_prompts(prompts, sampling.max_new_tokens, self._model.config)
+        self.check_ids(prompts)
         # Neighbours of similar length need little padding, and equal prompts land in the same prefill.
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
         groups = {
@@ -194,7 +202,7 @@ class _Decoder:
         # Rows that are finished run on until they leave the batch, but not to positions that the model does not have.
         self.last_position = max((len(row.prompt_ids) for row in self.waiting), default=0) + sampling.max_new_tokens - 1
         self.device = next(model.parameters()).device
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.eos_ids = end_ids(model, tokenizer)
         # A stop string of b bytes that ends in the newest token covers at most b tokens. One more, because some
         # tokenizers strip the space in front of the first token that they decode.
         self.stop_window = max((len(stop.encode()) for stop in sampling.stop), default=0) + 1
@@ -357,16 +365,6 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config
                 f"{len(prompt) + max_new_tokens}, and the model has positions for {window} "
                 "(max_position_embeddings). Shorten the prompt or lower max_new_tokens."
             )
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All end-of-sequence ids; instruction-tuned models often list several in their generation config."""
-    generation_config = getattr(model, "generation_config", None)
-    ids: set[int] = set()
-    for value in (getattr(generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        if value is not None:
-            ids.update([value] if isinstance(value, int) else value)
-    return frozenset(ids)
 
 
 @contextmanager

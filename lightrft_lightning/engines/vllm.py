@@ -37,6 +37,7 @@ from lightrft_lightning.engines.weight_sync import (
 )
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
+from lightrft_lightning.models.loading import load_tokenizer
 from lightrft_lightning.models.lora import active_adapter, layers, matrices
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class VLLMRollout(EngineWithCopy):
         with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu):
             self._engine = vllm.LLMEngine.from_engine_args(engine_args)
         self.dtype = self._engine.model_config.dtype
+        self.know_tokens(folder, load_tokenizer(folder) if self.tokenizer is None else self.tokenizer)
 
     @override
     def close(self) -> None:
@@ -247,6 +249,8 @@ class VLLMRollout(EngineWithCopy):
         if self._engine is None:
             raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) before generate()")
         self._check(prompts, sampling)
+        if images is None:  # placeholders of images may have ids of their own
+            self.check_ids(prompts)
         seen = [()] * len(prompts) if images is None else images
         mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, seen, strict=True))
         first, everyones = 0, mine
@@ -281,7 +285,9 @@ class VLLMRollout(EngineWithCopy):
                 name = str(self._requests)
                 shown = {"multi_modal_data": {"image": list(images)}} if images else {}
                 (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt), **shown}])
-                engine.add_request(name, rendered, _vllm_sampling(sampling, stream), lora_request=self._adapter)
+                engine.add_request(
+                    name, rendered, _vllm_sampling(sampling, stream, self.end_ids), lora_request=self._adapter
+                )
                 open_requests[name] = i
             while open_requests:
                 if time.monotonic() > end:
@@ -466,7 +472,7 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _vllm_sampling(sampling: SamplingParams, stream: int) -> Any:
+def _vllm_sampling(sampling: SamplingParams, stream: int, end_ids: Iterable[int] = ()) -> Any:
     from vllm.sampling_params import RequestOutputKind
     from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 
@@ -478,6 +484,7 @@ def _vllm_sampling(sampling: SamplingParams, stream: int) -> Any:
         top_p=1.0 if greedy else sampling.top_p,
         top_k=0 if greedy else sampling.top_k,
         stop=list(sampling.stop),
+        stop_token_ids=sorted(end_ids),
         include_stop_str_in_output=True,
         detokenize=bool(sampling.stop),
         seed=None if greedy else derive_seed(sampling.seed, stream),  # vLLM adds the number of the sample

@@ -24,6 +24,7 @@ from lightrft_lightning.experience.trajectory import (
     SamplingParams,
     Trajectory,
 )
+from lightrft_lightning.models.tokens import check_ids
 from lightrft_lightning.rewards import REWARDS, Rewards
 from lightrft_lightning.rewards._calls import run_in_threads
 from lightrft_lightning.rewards._spec import parse
@@ -74,6 +75,8 @@ class Episodes:
         self.make, self.role = _parse(environment)
         self.max_turns, self.deadline = max_turns, deadline
         self._markers: dict[int, TurnMarkers] = {}
+        self._embedded: int | None = None
+        """How many ids the model has embeddings for."""
 
     def prepare(self, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
         """Find out what surrounds an observation, if these prompts were rendered with a chat template.
@@ -110,6 +113,7 @@ class Episodes:
             Each group as soon as all of it is finished.
         """
         self.prepare(tokenizer, [t.prompt for group in groups for t in group])
+        self._embedded = engine.vocabulary_size
         playing = [[_Playing(t, j, sampling, max_length) for j, t in enumerate(group)] for group in groups]
         going = [p for group in playing for p in group]
         waiting = list(zip(groups, playing, strict=True))
@@ -164,14 +168,18 @@ class Episodes:
 
     def _tokens(self, observation: Observation, playing: _Playing, tokenizer: Any) -> list[int]:
         if observation.token_ids is not None:
-            return _checked_ids(observation.token_ids, len(tokenizer))
+            return self._checked(_checked_ids(observation.token_ids, len(tokenizer)), tokenizer)
         ids: list[int] = []
         if observation.text:
             # What a tool returns is no part of the conversation's frame, whatever it looks like.
             encoded = tokenizer(observation.text, add_special_tokens=False, split_special_tokens=True)
             ids = list(encoded["input_ids"])
         markers = self._markers.get(id(tokenizer)) if playing.trajectory.prompt.messages else None
-        return markers.around(playing.turn.token_ids, ids) if markers else ids
+        return self._checked(markers.around(playing.turn.token_ids, ids) if markers else ids, tokenizer)
+
+    def _checked(self, ids: list[int], tokenizer: Any) -> list[int]:
+        check_ids([("it", ids)], self._embedded, tokenizer)
+        return ids
 
     def _continue(
         self,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
+
+log = logging.getLogger(__name__)
 
 _ALSO = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -28,11 +32,12 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def ignored_outputs(model: nn.Module) -> str | None:
-    """What to tell a user whose config asks for a loss that is not computed; None if there is nothing to tell."""
-    if not any(name == "output_router_logits" for _, name in _asked_for(model)):
-        return None
-    return "the model's config has output_router_logits=True: the router's auxiliary loss is not part of the loss here"
+def tell_ignored_outputs(model: nn.Module) -> None:
+    """One line, if the config asks for a loss that is not computed here."""
+    if any(name == "output_router_logits" for _, name in _asked_for(model)):
+        rank_zero_only(log.warning)(
+            "the model's config has output_router_logits=True: the router's auxiliary loss is not part of the loss here"
+        )
 
 
 def _asked_for(model: Any) -> Iterator[tuple[Any, str]]:

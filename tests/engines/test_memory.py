@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from tiny_models import config_of, random_model
+from tiny_models import tiny_model
 from torch import nn
 
 from lightrft_lightning import SamplingParams, TransformersRollout
@@ -15,14 +15,6 @@ from lightrft_lightning.engines.memory import NoMemory, OwnMemory, PaddedCache, 
 from lightrft_lightning.models.tiny import char_tokenizer
 
 PROMPTS = [[20], [3, 4, 5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15], [10, 11, 12]]
-
-
-def make(name, **settings):
-    config = config_of(name, **settings)
-    try:
-        return random_model(config).eval()
-    except ValueError:  # has no sdpa
-        return random_model(config, "eager").eval()
 
 
 def connected(model, **settings):
@@ -41,7 +33,7 @@ def connected(model, **settings):
 )  # fmt: skip
 @pytest.mark.parametrize("max_batch_size", [None, 3])
 def test_samples_have_the_logprobs_of_the_models_own_forward(name, way, max_batch_size):
-    model = make(name)
+    model = tiny_model(name).eval()
     engine = connected(model, max_batch_size=max_batch_size)
     groups = engine.generate(PROMPTS, SamplingParams(n=4, max_new_tokens=9))
     assert engine._memory is way
@@ -54,13 +46,13 @@ def test_samples_have_the_logprobs_of_the_models_own_forward(name, way, max_batc
 
 
 def test_the_batch_size_changes_no_token_of_a_recurrent_model():
-    model, sampling = make("mamba"), SamplingParams(n=4, max_new_tokens=9)
+    model, sampling = tiny_model("mamba").eval(), SamplingParams(n=4, max_new_tokens=9)
     together, cut = (connected(model, max_batch_size=m).generate(PROMPTS, sampling) for m in (None, 2))
     assert [[c.token_ids for c in g] for g in cut] == [[c.token_ids for c in g] for g in together]
 
 
 def test_what_is_slower_is_told_once_for_a_model(caplog):
-    engine = connected(make("recurrent_gemma"))
+    engine = connected(tiny_model("recurrent_gemma").eval())
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             engine.connect(engine._model, engine.tokenizer)
@@ -70,7 +62,7 @@ def test_what_is_slower_is_told_once_for_a_model(caplog):
 
 
 def test_a_model_that_does_not_read_from_left_to_right_is_refused():
-    model = make("bert (is_decoder)")
+    model = tiny_model("bert (is_decoder)").eval()
     for module in model.modules():  # as it is without `is_decoder`
         if hasattr(module, "is_causal"):
             module.is_causal = False
@@ -81,11 +73,11 @@ def test_a_model_that_does_not_read_from_left_to_right_is_refused():
 
 def test_a_cache_that_loses_a_row_is_noticed(monkeypatch):
     monkeypatch.setattr(memory.PaddedCache, "select", lambda self, rows: None)
-    assert settle_memory(make("llama")) is OwnMemory
+    assert settle_memory(tiny_model("llama").eval()) is OwnMemory
 
 
 def test_impossible_tokens_are_no_difference():
-    model = make("llama")
+    model = tiny_model("llama").eval()
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: nn.functional.pad(head(x)[..., :-4], (0, 4), value=-torch.inf)
     assert settle_memory(model) is PaddedCache
@@ -94,7 +86,7 @@ def test_impossible_tokens_are_no_difference():
 @pytest.mark.parametrize("layers", [2, 7])
 def test_weights_that_change_with_the_mode_are_refused(layers):
     """RWKV scales those of later layers down to generate, and up again in the next training pass."""
-    model = make("rwkv", num_hidden_layers=layers).train()
+    model = tiny_model("rwkv", num_hidden_layers=layers).train()
     before = {name: p.clone() for name, p in model.named_parameters()}
     engine = connected(model)
     if layers == 2:

@@ -150,6 +150,21 @@ def test_stop_strings_and_limits(engine):
     assert {"stop", "length"} <= {completion.finish_reason for completion in completions}
 
 
+def test_every_end_of_the_model_ends_a_completion(engine, monkeypatch):
+    assert engine.end_ids == {TOKENIZER.eos_token_id}
+    ends = {TOKENIZER.eos_token_id, *TOKENIZER("37")["input_ids"]}
+    monkeypatch.setattr(engine, "end_ids", frozenset(ends))
+    groups = engine.generate(PROMPTS, SamplingParams(n=8, max_new_tokens=12))
+    for completion in (c for group in groups for c in group):
+        assert not ends & {*completion.token_ids[:-1]}
+        assert completion.finish_reason == ("eos" if completion.token_ids[-1] in ends else "length")
+
+
+def test_ids_without_an_embedding_are_refused(engine):
+    with pytest.raises(ValueError, match=r"prompt 1 holds token 999, the model has embeddings for \d+"):
+        engine.generate([[3], [999]], SamplingParams())
+
+
 def test_groups_stream(engine):
     found = dict(engine.stream(PROMPTS, SAMPLING))
     assert [found[i] for i in range(4)] == engine.generate(PROMPTS, SAMPLING)

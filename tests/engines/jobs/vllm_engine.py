@@ -128,6 +128,14 @@ def check_stop_strings_stay_and_sampling_follows_the_probabilities():
         groups = engine.generate(PROMPTS[:4], SamplingParams(n=8, max_new_tokens=20, stop=("3", "7")))
         stopped = [c for group in groups for c in group if c.finish_reason == "stop"]
         assert stopped and all(TOKENIZER.decode(c.token_ids)[-1] in "37" for c in stopped)
+        assert engine.end_ids == {TOKENIZER.eos_token_id}
+        three = TOKENIZER.convert_tokens_to_ids("3")
+        engine.end_ids |= {three}  # as if the generation config or the chat template had another end
+        groups = engine.generate(PROMPTS[:4], SamplingParams(n=8, max_new_tokens=20))
+        ended = [c for group in groups for c in group if three in c.token_ids]
+        assert ended and all(
+            c.finish_reason == "eos" and c.token_ids.index(three) == len(c.token_ids) - 1 for c in ended
+        )
         drawn = engine.generate(PROMPTS[:1], SamplingParams(n=2000, max_new_tokens=1))[0]
     with torch.no_grad():
         probabilities = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)

@@ -162,7 +162,7 @@ class Server:
             behind.append(token)
             logprobs.append([float(whole[token]), token, None])
             chosen.append(float(support[token]))
-            if token == self.config.eos_token_id:
+            if token == self.config.eos_token_id or token in (params.get("stop_token_ids") or []):
                 ended = {"type": "stop", "matched": token}
                 break
             text = self.tokenizer.decode(behind)
