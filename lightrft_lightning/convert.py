@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning.checkpoints import folder, foreign, store
+from lightrft_lightning.checkpoints import folder, foreign, owners, store
 from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
-from lightrft_lightning.checkpoints.folder import TEMPORARY, CheckpointError, Place
+from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
 from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
 from lightrft_lightning.models.remote_code import code_refused
@@ -95,8 +95,8 @@ def convert(
         _write_checkpoint(target, source, outputs, described)
         _compare(OwnFolder(store.open_checkpoint(target, store.Ranks())), outputs, target)
         return target
-    temporary = target.with_name(f".{target.name}{TEMPORARY}")
-    folder.remove(temporary)
+    temporary = target.with_name(owners.temporary_name(target.name))
+    owners.keep(temporary)
     try:
         adapter_only = bool(described and described.get("adapters"))
         _write_hugging_face(temporary, outputs, described, adapter_only, shard_bytes, source.path)
@@ -110,9 +110,10 @@ def convert(
         temporary.rename(target)
         folder.flush(target.parent)
     except BaseException:
-        folder.remove(temporary)
+        owners.remove_when_free(temporary)
         raise
     finally:
+        owners.keep(temporary, False)
         source.close()
     return target
 
@@ -420,7 +421,7 @@ def _compare(result: Source, outputs: Mapping[str, Output], where: Path) -> None
             if not _same(result.read(name), output.make()):
                 raise CheckpointError(f"{where}: {name} does not read back as it was written")
     except BaseException:
-        folder.remove(where)
+        owners.remove_when_free(where)
         raise
     finally:
         result.close()

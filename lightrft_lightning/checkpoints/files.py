@@ -43,10 +43,11 @@ def plain_file(folder: Path, name: Any) -> Path:
         NotPlainError: also if it is a link to anywhere else.
     """
     file = plain_name(folder, name)
-    real = file.resolve()
-    if not any(real.is_relative_to(root) for root in _roots(folder.resolve())):
-        raise NotPlainError(f"{file} is a link to {real}, outside of its folder: if that belongs to it, copy it there")
-    return file
+    for _ in range(5):  # a folder may get another name between the two questions
+        real = file.resolve()
+        if any(real.is_relative_to(root) for root in _roots(folder.resolve())):
+            return file
+    raise NotPlainError(f"{file} is a link to {real}, outside of its folder: if that belongs to it, copy it there")
 
 
 def _roots(folder: Path) -> Iterator[Path]:

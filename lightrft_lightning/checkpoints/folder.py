@@ -12,19 +12,20 @@ Layout of one checkpoint::
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightrft_lightning.checkpoints import owners
 from lightrft_lightning.checkpoints.files import plain_file
 
 MANIFEST = "manifest.json"
 FORMAT = "lightrft_lightning/2"
-TEMPORARY = ".lightrft-tmp"
 _ASIDE = ".lightrft-old"
 
 
@@ -60,9 +61,9 @@ class Place:
         """The checkpoint itself."""
         return self.folder / self.tag
 
-    def temporary(self, token: str) -> Path:
+    def temporary(self) -> Path:
         """Where it is written before it is complete."""
-        return self.folder / f".{self.tag}.{token}{TEMPORARY}"
+        return self.folder / owners.temporary_name(self.tag)
 
     def check(self) -> None:
         """Refuse a tag that is no plain name, and to replace what this package did not write.
@@ -79,18 +80,29 @@ class Place:
         if path.exists() and not is_checkpoint(path) and not (path.is_file() and path.suffix == ".ckpt"):
             raise ValueError(f"{path} exists and is not a checkpoint of this package: choose another tag or folder")
 
+    def number(self) -> int:
+        """The next number in the order of the checkpoints that rotation looks at; clocks may go backwards."""
+        if self.max_num is None or not self.folder.is_dir():
+            return 0
+        return 1 + max((_read_manifest(p).get("number", 0) for p in self.folder.iterdir()), default=0)
+
     def complete(self, temporary: Path) -> None:
         """Give the flushed folder `temporary` its name; then the oldest checkpoints may go."""
-        _replace(temporary, self.path)
-        if self.latest:
-            pointer = self.folder / f".latest{TEMPORARY}"
-            pointer.write_text(self.tag)
-            flush(pointer)
-            pointer.replace(self.folder / "latest")
-        flush(self.folder)
-        _remove_leftovers(self.folder)
-        if self.max_num is not None:
-            _rotate(self.folder, keep=self.path, max_num=self.max_num, max_bytes=self.max_bytes)
+        with owners.alone_in(self.folder):
+            old = _replace(temporary, self.path)
+            unneeded = [] if old is None else [old]
+            if self.latest:
+                pointer = self.folder / owners.temporary_name("latest")
+                with owners.in_use(pointer):
+                    pointer.write_text(self.tag)
+                    flush(pointer)
+                    pointer.replace(self.folder / "latest")
+            flush(self.folder)
+            if self.max_num is not None:
+                unneeded += _rotate(self.folder, keep=self.path, max_num=self.max_num, max_bytes=self.max_bytes)
+            unneeded += _leftovers(self.folder)
+        for path in unneeded:
+            owners.remove_when_free(path)
 
 
 def flush(path: Path) -> None:
@@ -116,65 +128,90 @@ def describe(paths: list[Path]) -> dict[str, dict[str, int]]:
     return {path.name: {"bytes": path.stat().st_size, "crc32": crc32(path)} for path in paths}
 
 
-def _replace(temporary: Path, final: Path) -> None:
-    """Rename; an older checkpoint of the same name is moved aside first and removed last."""
-    if not final.exists():
-        temporary.rename(final)
-        return
-    old = _aside(final)
-    remove(old)
-    final.rename(old)
-    temporary.rename(final)
-    remove(old)
+def _replace(temporary: Path, final: Path) -> Path | None:
+    """Give `temporary` its name, in one step where the system can; returns where an older one of that name is now."""
+    for attempt in range(5):  # other processes rename too
+        try:
+            if not os.path.lexists(final):
+                temporary.rename(final)
+                return None
+            if owners.exchange(temporary, final):
+                return temporary
+            old = _aside(final)
+            owners.remove_when_free(old)
+            final.rename(old)
+            temporary.rename(final)
+            return old
+        except OSError as err:
+            again = err.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) and temporary.exists()
+            if attempt == 4 or not again:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _aside(final: Path) -> Path:
-    """Where `_replace` keeps the older checkpoint until the new one is in place."""
+    """Where `_replace` keeps the older checkpoint until the new one is in place, if it takes two steps."""
     return final.with_name(f".{final.name}{_ASIDE}")
 
 
-def put_back(folder: Path) -> None:
-    """Undo the first half of `_replace` where a process was killed in the middle."""
+def put_back(folder: Path) -> list[Path]:
+    """Undo the first half of `_replace` where a process was killed in the middle; returns what is there again."""
+    again = []
     for old in folder.glob(f".*{_ASIDE}"):
         final = folder / old.name[1 : -len(_ASIDE)]
-        if not final.exists():
+        if not os.path.lexists(final) and _is_ours(old, final):
             old.rename(final)
+            again.append(final)
+    return again
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)
+def _is_ours(old: Path, final: Path) -> bool:
+    return is_checkpoint(old) or (old.is_file() and final.suffix == ".ckpt")
 
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint so that at no moment half of it is there under its name."""
+    owners.remove_when_free(_hide(path))
+
+
+def _hide(path: Path) -> Path:
+    """Rename a checkpoint that is going to be removed."""
     if path.is_dir() and not path.is_symlink():
-        hidden = path.with_name(f".{path.name}{TEMPORARY}")
-        remove(hidden)
-        path = path.rename(hidden)
-    remove(path)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            return path.rename(path.with_name(owners.temporary_name(path.name)))
+    return path
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes have left."""
-    for leftover in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f".*{_ASIDE}")]:
-        remove(leftover)
+def _leftovers(folder: Path) -> list[Path]:
+    """What killed processes have left."""
+    asides = [(old, folder / old.name[1 : -len(_ASIDE)]) for old in folder.glob(f".*{_ASIDE}")]
+    return owners.abandoned(folder) + [old for old, final in asides if os.path.lexists(final) and _is_ours(old, final)]
 
 
-def _rotate(folder: Path, *, keep: Path, max_num: int, max_bytes: float) -> None:
-    """Remove this package's oldest checkpoints in `folder` until both limits hold; `keep` always stays."""
+def _rotate(folder: Path, *, keep: Path, max_num: int, max_bytes: float) -> list[Path]:
+    """Hide this package's oldest checkpoints in `folder` until both limits hold; `keep` always stays."""
     # A link to a checkpoint (say, "best") is the user's.
-    ours = [p for p in folder.iterdir() if is_checkpoint(p) and not p.is_symlink()]
-    removable = sorted((p for p in ours if p != keep), key=lambda p: _read_manifest(p).get("saved_at", 0))
-    while removable and (len(removable) + 1 > max_num or _bytes(folder) > max_bytes):
-        remove_checkpoint(removable.pop(0))
+    ours = [p for p in folder.iterdir() if is_checkpoint(p) and not p.is_symlink() and not p.name.startswith(".")]
+    removable = sorted((p for p in ours if p != keep), key=_age)
+    size, hidden = _bytes(folder), []
+    while removable and (len(removable) + 1 > max_num or size > max_bytes):
+        size -= _bytes(removable[0])
+        hidden.append(_hide(removable.pop(0)))
+    return hidden
+
+
+def _age(path: Path) -> tuple[int, int]:
+    manifest = _read_manifest(path)
+    return manifest.get("number", 0), manifest.get("saved_at", 0)
 
 
 def _bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    total = 0
+    for parent, _, names in os.walk(folder):  # passes over what another process is just removing
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
 
 
 # -------------------------------------------------------------------- manifest
@@ -202,14 +239,18 @@ def is_checkpoint(path: Path) -> bool:
     return str(_read_manifest(path).get("format", "")).startswith("lightrft_lightning/")
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
+def manifest_of(path: Path, where: Path | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        where: a way to it that stays when another one takes over its path; default: the path.
 
     Raises:
         CheckpointError: it is damaged, or of another format.
     """
-    manifest = _read_manifest(path)
-    if manifest.get("format") != FORMAT and is_checkpoint(path):
+    manifest = _read_manifest(where or path)
+    if manifest.get("format") != FORMAT and is_checkpoint(where or path):
         raise CheckpointError(
             f"{path} has the format {manifest['format']!r}, this release of lightrft_lightning reads {FORMAT!r}"
         )
@@ -239,7 +280,8 @@ def find(load_dir: Path, tag: str | None) -> Path:
             return candidate
     if (path / "state.pt").is_file() or (path / MANIFEST).is_file():
         raise CheckpointError(f"{path} is incomplete or damaged: no readable {MANIFEST} of this package")
-    there = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p)) if load_dir.is_dir() else []
+    inside = load_dir.iterdir() if load_dir.is_dir() else ()
+    there = sorted(p.name for p in inside if is_checkpoint(p) and not p.name.startswith("."))
     wanted = f"checkpoint {name!r}" if name else "file 'latest'"
     raise FileNotFoundError(f"no {wanted} in {load_dir}; checkpoints there: {', '.join(there) or '(none)'}")
 
@@ -256,15 +298,20 @@ def named_by(latest: Path) -> Path:
     return latest.parent / name
 
 
-def check_files(path: Path, files: dict[str, dict[str, int]]) -> None:
+def check_files(path: Path, files: dict[str, dict[str, int]], where: Path | None = None) -> None:
     """Compare files with what the manifest says about them.
+
+    Args:
+        path: the checkpoint.
+        files: of its manifest.
+        where: a way to it that stays when another one takes over its path; default: the path.
 
     Raises:
         CheckpointError: the first that is missing or another one.
         ValueError: see `plain_file`.
     """
     for name, expected in files.items():
-        file = plain_file(path, name)
+        file = plain_file(where or path, name)
         if not file.is_file():
             raise CheckpointError(f"{path} is incomplete: {name} is missing")
         if file.stat().st_size != expected["bytes"] or crc32(file) != expected["crc32"]:

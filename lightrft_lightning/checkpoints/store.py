@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -21,12 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightrft_lightning.checkpoints import files, folder
+from lightrft_lightning.checkpoints import files, folder, owners
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
+from lightrft_lightning.checkpoints.held import Held
 
 T = TypeVar("T")
 
+_ATTEMPTS = 10
+"""To read a checkpoint that is replaced meanwhile."""
 _SAME_KIND: tuple[type[Exception], ...] = (CheckpointError, FileNotFoundError, ValueError)
 
 
@@ -169,7 +171,8 @@ def _write(content: Content, payloads: dict[str, bytes], place: Place, ranks: Ra
     """Into a temporary folder, flushed, renamed: a reader never sees half of it."""
     from lightrft_lightning.checkpoints import _dcp
 
-    temporary = place.temporary(ranks.gather(secrets.token_hex(4))[0])
+    temporary = place.folder / ranks.gather(place.temporary().name)[0]
+    owners.keep(temporary)
     try:
         ranks.together(lambda: temporary.mkdir(parents=True) if ranks.rank == 0 else None)
         ranks.together(lambda: _check_visible(temporary))
@@ -179,10 +182,12 @@ def _write(content: Content, payloads: dict[str, bytes], place: Place, ranks: Ra
         ranks.together(lambda: _finish(content, listed, temporary, place) if ranks.rank == 0 else None)
     except BaseException as err:
         if ranks.rank == 0:
-            folder.remove(temporary)
+            owners.remove_when_free(temporary)
         if isinstance(err, OSError | CheckpointError | RuntimeError):
             raise CheckpointError(f"{place.path} could not be written: {_said(err)}") from err
         raise
+    finally:
+        owners.keep(temporary, False)
     return place.path
 
 
@@ -216,6 +221,7 @@ def _finish(content: Content, listed: dict[str, Any], temporary: Path, place: Pl
         "format": folder.FORMAT,
         "versions": {"lightrft_lightning": __version__, "torch": torch.__version__},
         **content.header,
+        "number": place.number(),
         "saved_at": time.time_ns(),
         "tensors": {
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -235,16 +241,18 @@ def _finish(content: Content, listed: dict[str, Any], temporary: Path, place: Pl
 class Stored:
     """A checkpoint on disk whose files have been verified. Nothing of it is in memory but the list of its tensors."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any], held: Held | None = None) -> None:
         from lightrft_lightning.checkpoints import _dcp
 
         self.path = path
+        self._held = held
+        self._where = where = path if held is None else held.path
         self.manifest = manifest
         self.tensors = {
             name: TensorInfo(tuple(entry["shape"]), _dtype(entry["dtype"]))
             for name, entry in manifest["tensors"].items()
         }
-        self._metadata = _dcp.read_metadata(path)
+        self._metadata = _dcp.read_metadata(where)
 
     def shared(self, weights_only: bool = True) -> dict[str, Any]:
         """What was the same on all ranks.
@@ -252,17 +260,17 @@ class Stored:
         Args:
             weights_only: False runs whatever code the file asks for.
         """
-        return files.load(files.plain_file(self.path, "state.pt"), weights_only=weights_only)
+        return files.load(files.plain_file(self._where, "state.pt"), weights_only=weights_only)
 
     def own(self, rank: int) -> dict[str, Any]:
         """What was rank `rank`'s alone; at a larger world size than the saved one, ranks share."""
-        return files.load(files.plain_file(self.path, f"rank_{rank % self.manifest['world_size']}.pt"))
+        return files.load(files.plain_file(self._where, f"rank_{rank % self.manifest['world_size']}.pt"))
 
     def read_into(self, targets: Mapping[str, FlatTensor]) -> None:
         """Read into each target the ranges that it holds, from the tensor of the key's name."""
         from lightrft_lightning.checkpoints import _dcp
 
-        _dcp.read_into(targets, self.path, self._metadata)
+        _dcp.read_into(targets, self._where, self._metadata)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -343,13 +351,28 @@ class StoredState(MutableMapping[str, Any]):
 def open_checkpoint(path: Path, ranks: Ranks) -> Stored:
     """Verify the files of a checkpoint, each rank its share of them.
 
+    It may be replaced meanwhile: what is read is one checkpoint, whole, the same on all ranks.
+
     Raises:
         CheckpointError: one is missing or damaged.
     """
-    manifest = ranks.together(lambda: folder.manifest_of(path))
-    listed = sorted(manifest["files"].items(), key=lambda entry: -entry[1]["bytes"])
-    ranks.together(lambda: folder.check_files(path, dict(listed[ranks.rank :: ranks.world_size])))
-    return ranks.together(lambda: readable(path, lambda: Stored(path, manifest)))
+    for _ in range(_ATTEMPTS):
+        held = ranks.together(lambda: Held(path))
+        try:
+            return _open_held(path, held, ranks)
+        except CheckpointError:
+            if not any(ranks.gather(held.is_replaced())):
+                raise
+    raise CheckpointError(f"{path} was replaced {_ATTEMPTS} times while it was read: wait for the run that writes it")
+
+
+def _open_held(path: Path, held: Held, ranks: Ranks) -> Stored:
+    manifest = ranks.together(lambda: folder.manifest_of(path, held.path))
+    if len(set(ranks.gather(manifest["saved_at"]))) > 1:
+        raise CheckpointError(f"{path} is not the same on all ranks")
+    entries = sorted(manifest["files"].items(), key=lambda entry: -entry[1]["bytes"])
+    ranks.together(lambda: folder.check_files(path, dict(entries[ranks.rank :: ranks.world_size]), held.path))
+    return ranks.together(lambda: readable(path, lambda: Stored(path, manifest, held)))
 
 
 def readable(path: Any, read: Callable[[], T]) -> T:

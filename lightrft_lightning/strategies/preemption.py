@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightrft_lightning.checkpoints.folder import remove
+from lightrft_lightning.checkpoints.owners import remove_when_free
 from lightrft_lightning.strategies import failures
 
 EXIT_CODE = 128 + signal.SIGTERM
@@ -272,7 +272,7 @@ def requeue() -> None:
 def _link(link: Path, target: Path) -> None:
     """Let `link` be a name of `target`; what was there goes once `target` is complete."""
     link.parent.mkdir(parents=True, exist_ok=True)
-    remove(link)
+    remove_when_free(link)
     link.symlink_to(os.path.relpath(target, link.parent))
 
 

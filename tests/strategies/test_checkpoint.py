@@ -453,15 +453,6 @@ def test_rotation_leaves_links_alone(tmp_path):
     assert [p.name for p in sorted(tmp_path.iterdir()) if p.is_dir()] == ["t2", "t3"]
 
 
-def test_rotation_removes_what_a_killed_process_left(tmp_path):
-    (tmp_path / ".dead.lightrft-tmp").mkdir()
-    (tmp_path / ".dead.lightrft-tmp" / "state.pt").write_text("half")
-    (tmp_path / ".latest.lightrft-tmp").write_text("dead")
-    run = Run()
-    run.strategy.save_ckpt(run.model, tmp_path, tag="t", save_latest=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["t"]
-
-
 def test_save_latest_false_leaves_the_pointer(saved):
     run = Run()
     run.strategy.save_ckpt(run.model, saved, tag="c", save_latest=False)
