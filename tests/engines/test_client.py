@@ -59,16 +59,16 @@ def test_an_answer_stays_within_its_limits(connect, monkeypatch, answer, error, 
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "count", "message"),
     [
-        (endless(b" " * 1500), "a line of more than 1000 bytes"),
-        (endless(b"{}\n"), "malformed answer, more than 5000 bytes"),
-        (whole(b"{}\n" * 9, b"Content-Encoding: deflate\r\n"), "the encoding 'deflate'"),
+        (endless(b" " * 1500), 10**6, "a line of more than 1000 bytes"),
+        (endless(b"{}\n"), 5, "malformed answer, more than 5000 bytes"),
+        (whole(b"{}\n" * 9, b"Content-Encoding: deflate\r\n"), 5, "the encoding 'deflate'"),
     ],
 )
-def test_lines_stay_within_their_limits(connect, answer, message):
+def test_lines_stay_within_their_limits(connect, answer, count, message):
     with pytest.raises(EngineError, match=message):
-        list(connect(answer).lines("/generate", {}, 5.0, 1000, 5))
+        list(connect(answer).lines("/generate", {}, 5.0, 1000, count))
 
 
 def test_lines_are_put_together_from_pieces(connect):
