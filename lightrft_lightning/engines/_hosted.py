@@ -14,11 +14,14 @@ from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.engines._wire import HOSTED
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.transformers import TransformersRollout
-from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Part, as_matrix, digest
+from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Part, as_matrix, digest, listed
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
+from lightrft_lightning.models.layers import decoder_layers
 from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer
 from lightrft_lightning.models.remote_code import code_refused
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""In safetensors files. Copied into a weight, a bool or a complex number would become some other number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,17 +57,26 @@ def load_bucket(engine: EngineWithCopy, path: Path) -> None:
     """Put the tensors of a safetensors file in place.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or holds something else than numbers with a fraction.
     """
     from lightrft_lightning.engines.vllm import VLLMRollout
 
     try:
+        _check_dtypes(path)
         if isinstance(engine, VLLMRollout):  # its workers may be processes, which tensors cannot be handed to
             engine._call("lightrft_load", str(path))
         else:
             engine._load(list(import_extra("safetensors.torch", "hf").load_file(path).items()))
     except import_extra("safetensors", "hf").SafetensorError as err:
         raise ValueError(f"the weights are no safetensors file: {err}") from err
+
+
+def _check_dtypes(path: Path) -> None:
+    with import_extra("safetensors", "hf").safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in FLOATS:
+                raise ValueError(f"{name} has the dtype {dtype}: weights must have one of {', '.join(FLOATS)}")
 
 
 def vocab_size(folder: str) -> int:
@@ -99,6 +111,8 @@ class TransformersCopy(EngineWithCopy):
         self._generator = TransformersRollout(engine_args.get("max_batch_size"))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = None
+        self._given: set[torch.nn.Parameter] = set()
+        """What the update under way has brought."""
 
     def start(self, folder: str, load_format: str = "auto") -> None:
         """Build the model of a Hugging Face folder.
@@ -115,6 +129,12 @@ class TransformersCopy(EngineWithCopy):
         self._model.to(self._device).requires_grad_(False)
         self.tokenizer = load_tokenizer(folder)
         self._generator.connect(self._model, self.tokenizer)
+        for module in (self._model, *decoder_layers(self._model)):  # a prompt alone may take long
+            module.register_forward_pre_hook(self._check_call)
+
+    def _check_call(self, *_: Any) -> None:
+        if self.check_call is not None:
+            self.check_call()
 
     @override
     def connect(self, model: Any, tokenizer: Any) -> None:
@@ -147,7 +167,7 @@ class TransformersCopy(EngineWithCopy):
 
     @override
     def _begin_update(self) -> None:
-        """Nothing to prepare: tensors are copied in place."""
+        self._given = set()
 
     @override
     def _load(self, bucket: Bucket) -> None:
@@ -159,10 +179,13 @@ class TransformersCopy(EngineWithCopy):
                 ours = list(parameters[name].shape)
                 raise ValueError(f"{name} has the shape {ours} in the server's model, got {list(tensor.shape)}")
             parameters[name].copy_(tensor)
+            self._given.add(parameters[name])
 
     @override
     def _end_update(self, version: int) -> None:
-        """Nothing was computed with the old weights that a later call would use."""
+        lacking = [name for name, parameter in self._parameters() if parameter not in self._given]
+        if lacking:
+            raise ValueError(f"the update lacks {listed(lacking)}: send every parameter of the model, under any name")
 
     @override
     def _read_back(self, wanted: Mapping[str, tuple[int, int]], names: Sequence[str] | None) -> Held:

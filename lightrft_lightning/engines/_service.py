@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -51,6 +52,10 @@ class EngineThread(threading.Thread):
                 future.set_exception(err)
 
 
+class _GivenUp(Exception):
+    """Nobody waits for what is being generated."""
+
+
 class Hosted:
     """An engine with the state of its weights; all methods run in the engine's thread.
 
@@ -63,25 +68,48 @@ class Hosted:
         self.weights: str | None = None
         self._unusable = ""
         self._updating = self._asleep = False
+        self.closing = threading.Event()
+        """Set to have the call that goes on end, and those that wait."""
 
-    def generate(self, wanted: wire.Request, send: Callable[[Any], None], stop: threading.Event) -> None:
-        """Hand each finished group to `send`, then how many they were; or the error."""
+    def generate(self, wanted: wire.Request, send: Callable[[Any], None], stop: threading.Event, end: float) -> None:
+        """Hand each finished group to `send`, then how many they were; or the error.
+
+        Args:
+            wanted: what.
+            send: takes them.
+            stop: set when nobody waits for them any more.
+            end: until when they are of use, by the monotonic clock.
+        """
+        done = 0
+
+        def check() -> None:
+            if stop.is_set() or self.closing.is_set():
+                raise _GivenUp
+            if time.monotonic() > end:
+                told = f"{done} of {len(wanted.prompts)} prompts are finished after deadline={wanted.deadline:g} s"
+                raise HTTPException(504, told)
+
         try:
+            check()
             self._check_awake()
             if self._unusable:
                 raise HTTPException(409, f"nothing can be generated: {self._unusable}")
             if wanted.weights not in (None, self.weights):
                 raise HTTPException(409, f"the engine does not hold the weights {wanted.weights!r} any more")
-            self.engine.deadline = wanted.deadline
+            self.engine.deadline, self.engine.check_call = end - time.monotonic(), check
             groups: Any = self.engine.stream(wanted.prompts, wanted.sampling, wanted.streams)
             with contextlib.closing(groups):  # vLLM aborts what is not finished
                 for i, completions in groups:
-                    if stop.is_set():
-                        return
+                    check()
                     send(wire.group_to_json(i, completions))
+                    done += 1
             send({"done": len(wanted.prompts)})
+        except _GivenUp:
+            send(HTTPException(503, "the server is shutting down"))  # otherwise nobody reads it
         except Exception as err:
             send(err)
+        finally:
+            self.engine.check_call = None
 
     def begin(self) -> None:
         """Start an update, also in the place of one that was not finished."""

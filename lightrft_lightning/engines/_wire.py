@@ -23,6 +23,12 @@ MOST_COMPLETIONS = 1 << 16
 """Per prompt; more is a mistake, and would fill the server's memory before anything is sampled."""
 
 
+WHOLE = 1 << 31
+"""Whole numbers are below it."""
+LONGEST = 1e6
+"""Seconds of the longest deadline, more than eleven days: a timer takes no longer ones."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to generate.
@@ -73,6 +79,17 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 
+def only(body: Mapping[str, Any], *names: str) -> None:
+    """Refuse fields that would have no effect.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for name in body:
+        if name not in names:
+            raise ValueError(unknown_name("field", name[:80], names))
+
+
 def get(
     body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], ok: Callable[[Any], bool], wanted: str
 ) -> Any:
@@ -111,19 +128,20 @@ def parse_request(body: Mapping[str, Any], vocab_size: int) -> Request:
     Raises:
         ValueError: a field is missing or wrong.
     """
+    only(body, *(f.name for f in fields(Request)))
     prompts = get(body, "prompts", list, lambda v: _is_list_of(v, list), "lists of token ids")
     for i, prompt in enumerate(prompts):
         if not prompt or not _is_list_of(prompt, int, lambda token: 0 <= token < vocab_size):
             raise ValueError(
                 f"prompts[{i}]={shortened(prompt)}: must be token ids from 0 to {vocab_size - 1}, not empty"
             )
-    streams = get(body, "streams", list, lambda v: _is_list_of(v, int), "whole numbers")
+    streams = get(body, "streams", list, lambda v: _is_list_of(v, int, _is_word), "whole numbers of 64 bits")
     if len(streams) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(streams)} streams")
     weights = body.get("weights")
-    if not isinstance(weights, str | None):
-        raise ValueError(f"weights={shortened(weights)}: must be a string or null")
-    deadline = get(body, "deadline", (int, float), lambda v: v > 0, "seconds, above 0")
+    if not isinstance(weights, str | None) or len(weights or "") > 256:
+        raise ValueError(f"weights={shortened(weights)}: must be a string, of 256 characters at most, or null")
+    deadline = get(body, "deadline", (int, float), lambda v: 0 < v <= LONGEST, f"seconds, above 0, up to {LONGEST:g}")
     sampling = get(body, "sampling", dict, lambda v: True, "an object")
     return Request(prompts, _sampling(sampling), streams, weights, float(deadline))
 
@@ -131,17 +149,25 @@ def parse_request(body: Mapping[str, Any], vocab_size: int) -> Request:
 def _sampling(body: Mapping[str, Any]) -> SamplingParams:
     kinds: dict[str, tuple[Any, Any, str]] = {
         "n": (int, lambda v: 1 <= v <= MOST_COMPLETIONS, f"a whole number from 1 to {MOST_COMPLETIONS}"),
-        "max_new_tokens": (int, lambda v: v >= 1, "a whole number, at least 1"),
-        "temperature": ((int, float), lambda v: v >= 0, "0 (greedy) or more"),
+        "max_new_tokens": (int, lambda v: 1 <= v < WHOLE, "a whole number, at least 1"),
+        "temperature": ((int, float), lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (greedy), or 1e-6 to 1e6"),
         "top_p": ((int, float), lambda v: 0 < v <= 1, "above 0 and at most 1"),
-        "top_k": (int, lambda v: v >= 0, "a whole number, 0 (all tokens) or more"),
-        "stop": (list, lambda v: _is_list_of(v, str, bool), "non-empty strings"),
-        "seed": (int, lambda v: True, "a whole number"),
+        "top_k": (int, lambda v: 0 <= v < WHOLE, "a whole number, 0 (all tokens) or more"),
+        "stop": (list, lambda v: len(v) <= 64 and _is_list_of(v, str, _is_stop), "up to 64 strings of 1 to 1000 bytes"),
+        "seed": (int, _is_word, "a whole number of 64 bits"),
     }
     for name in body:
         if name not in kinds:
-            raise ValueError(unknown_name("field of sampling", name, [f.name for f in fields(SamplingParams)]))
+            raise ValueError(unknown_name("field of sampling", name[:80], [f.name for f in fields(SamplingParams)]))
     return SamplingParams(**{name: get(body, name, *kinds[name]) for name in body})
+
+
+def _is_word(value: int) -> bool:
+    return -(1 << 63) <= value < 1 << 64
+
+
+def _is_stop(text: str) -> bool:
+    return 1 <= len(text.encode(errors="replace")) <= 1000 and not any(0xD800 <= ord(c) < 0xE000 for c in text)
 
 
 def parse_wanted(body: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], list[str] | None]:
@@ -150,10 +176,11 @@ def parse_wanted(body: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], l
     Raises:
         ValueError: a field is missing or wrong.
     """
+    only(body, "wanted", "names")
     wanted = get(body, "wanted", dict, lambda v: True, "an object of [first column, step]")
     for name, at in wanted.items():
-        if not _is_list_of(at, int, lambda v: v >= 0) or len(at) != 2 or at[1] < 1:
-            raise ValueError(f"wanted[{name!r}]={shortened(at)}: must be [first column, step]")
+        if not _is_list_of(at, int, lambda v: 0 <= v < WHOLE) or len(at) != 2 or at[1] < 1:
+            raise ValueError(f"wanted[{shortened(name)}]={shortened(at)}: must be [first column, step]")
     names = body.get("names")
     if names is not None and not _is_list_of(names, str):
         raise ValueError(f"names={shortened(names)}: must be a list of strings, or null")

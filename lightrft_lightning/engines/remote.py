@@ -163,7 +163,7 @@ class RemoteRollout(ServedRollout):
     def _ask(
         self, wanted: Mapping[int, Request], sampling: SamplingParams, end: float
     ) -> Iterator[tuple[int, list[Completion]]]:
-        client, deadline = self._of_rank_0(), end - time.monotonic()
+        client, deadline = self._of_rank_0(), min(end - time.monotonic(), wire.LONGEST)
         where = f"{client.url}: POST /generate"
         numbers = list(wanted)
         prompts = [list(map(int, wanted[i][0])) for i in numbers]

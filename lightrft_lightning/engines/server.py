@@ -46,7 +46,6 @@ from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines._cpus import parse_cpus, take_cpus
 from lightrft_lightning.engines._hosted import create_hosted, vocab_size
 from lightrft_lightning.engines._service import EngineThread, Exchange, Hosted
-from lightrft_lightning.engines.weight_sync import EngineWithCopy
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -133,7 +132,7 @@ class Lines(Response):
         self.init_headers({"content-type": "application/x-ndjson"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tasks = {asyncio.ensure_future(self._send(send)), asyncio.ensure_future(self._disconnected(receive))}
+        tasks = {asyncio.ensure_future(self._send(send)), asyncio.ensure_future(disconnected(receive))}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -150,9 +149,11 @@ class Lines(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _disconnected(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has hung up; after its request was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 # -------------------------------------------------------------------- routes
@@ -172,7 +173,7 @@ class Service:
     """What the routes do.
 
     Args:
-        engine: started.
+        hosted: with the engine, started.
         thread: where it lives.
         exchange: see `Exchange`.
         about: what ``GET /info`` tells.
@@ -180,9 +181,9 @@ class Service:
     """
 
     def __init__(
-        self, engine: EngineWithCopy, thread: EngineThread, exchange: Exchange, about: dict[str, Any], vocab_size: int
+        self, hosted: Hosted, thread: EngineThread, exchange: Exchange, about: dict[str, Any], vocab_size: int
     ) -> None:
-        self.hosted, self.thread, self.exchange, self.about = Hosted(engine), thread, exchange, about
+        self.hosted, self.thread, self.exchange, self.about = hosted, thread, exchange, about
         self.vocab_size = vocab_size
         self.session: Session | None = None
 
@@ -218,8 +219,9 @@ class Service:
     async def open_session(self, request: Request) -> Response:
         """Held for as long as the client keeps reading."""
         body = wire.parse_object(await request.body())
-        host = wire.get(body, "host", str, lambda v: 0 < len(v) <= 256, "a host's name")
-        pid = wire.get(body, "pid", int, lambda v: v > 0, "a process's number")
+        wire.only(body, "host", "pid")
+        host = wire.get(body, "host", str, lambda v: 0 < len(v) <= 256 and v.isprintable(), "a host's name")
+        pid = wire.get(body, "pid", int, lambda v: 0 < v < wire.WHOLE, "a process's number")
         end = time.monotonic() + MOMENT
         while self.session is not None and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -249,13 +251,14 @@ class Service:
         """A line for each finished group as it comes, then how many they were."""
         wanted = wire.parse_request(wire.parse_object(await request.body()), self.vocab_size)
         loop, arrived, stop = asyncio.get_running_loop(), asyncio.Queue[Any](), threading.Event()
+        end = time.monotonic() + wanted.deadline
 
         def send(item: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server is shutting down
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
-        self.thread.submit(self.hosted.generate, wanted, send, stop)
-        first = await arrived.get()
+        self.thread.submit(self.hosted.generate, wanted, send, stop, end)
+        first = await self._unless_gone(request, arrived, stop)
         if isinstance(first, Exception):
             raise first
 
@@ -271,6 +274,20 @@ class Service:
 
         return Lines(lines(), stop.set)
 
+    async def _unless_gone(self, request: Request, arrived: asyncio.Queue[Any], stop: threading.Event) -> Any:
+        """What arrives first; `stop` is set if the client hangs up before."""
+        first, gone = asyncio.ensure_future(arrived.get()), asyncio.ensure_future(disconnected(request.receive))
+        try:
+            await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                return first.result()
+            raise ClientDisconnect
+        finally:
+            if not first.done():
+                stop.set()
+            first.cancel()
+            gone.cancel()
+
     async def begin(self, request: Request) -> Response:
         self._check_session(request)
         await self._run(self.hosted.begin)
@@ -281,6 +298,7 @@ class Service:
         self._check_session(request)
         if request.headers.get("content-type") == "application/json":
             body = wire.parse_object(await request.body())
+            wire.only(body, "file")
             path = self.exchange.find(wire.get(body, "file", str, lambda v: True, "a file's name"))
         else:
             path = await self.exchange.receive(request)
@@ -290,7 +308,8 @@ class Service:
     async def end(self, request: Request) -> Response:
         self._check_session(request)
         body = wire.parse_object(await request.body())
-        version = wire.get(body, "version", int, lambda v: v >= 0, "a whole number, at least 0")
+        wire.only(body, "version")
+        version = wire.get(body, "version", int, lambda v: 0 <= v < wire.WHOLE, "a whole number, at least 0")
         return JSONResponse({"weights": await self._run(self.hosted.end, version)})
 
     async def read(self, request: Request) -> Response:
@@ -300,6 +319,7 @@ class Service:
     async def sleep(self, request: Request) -> Response:
         self._check_session(request)
         body = wire.parse_object(await request.body())
+        wire.only(body, "level")
         await self._run(self.hosted.sleep, wire.get(body, "level", int, lambda v: v in (1, 2), "1 or 2"))
         return JSONResponse({})
 
@@ -334,7 +354,7 @@ def main(args: Sequence[str]) -> None:
     if given.exit_with_parent:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     most = given.max_request_mb << 20
-    thread, exchange = EngineThread(), Exchange(room=2 * most)
+    thread, exchange, hosted = EngineThread(), Exchange(room=2 * most), Hosted(engine)
     try:
         if given.empty_weights:
             settings["load_format"] = "dummy"
@@ -347,7 +367,7 @@ def main(args: Sequence[str]) -> None:
             "sleep_level": given.sleep_level,
             "max_request_bytes": most,
         }
-        service = Service(engine, thread, exchange, about, vocab_size(given.model))
+        service = Service(hosted, thread, exchange, about, vocab_size(given.model))
         config = uvicorn.Config(
             service.app(key, most),
             http="h11",
@@ -360,8 +380,22 @@ def main(args: Sequence[str]) -> None:
             uvicorn.Server(config).run(sockets=[listener])
     finally:
         exchange.close()
-        with contextlib.suppress(FutureTimeout):  # one that hangs is left behind
+        hosted.closing.set()
+        try:
             thread.submit(engine.close).result(CLOSE)
+        except FutureTimeout:
+            # Its thread is in the middle of a computation: torch aborts where Python ends beside it.
+            log.warning("the engine has not ended within %g s", CLOSE)
+            _leave(sys.exc_info()[1])
+
+
+def _leave(err: BaseException | None) -> None:
+    """End the process with the status that it would have had, without waiting for threads."""
+    while err is not None and not isinstance(err, SystemExit | KeyboardInterrupt):
+        err = err.__context__
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(err.code if isinstance(err, SystemExit) and isinstance(err.code, int) else 1)
 
 
 def _parser() -> argparse.ArgumentParser:

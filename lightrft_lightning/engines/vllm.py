@@ -290,6 +290,8 @@ class VLLMRollout(EngineWithCopy):
                 )
                 open_requests[name] = i
             while open_requests:
+                if self.check_call is not None:
+                    self.check_call()
                 if time.monotonic() > end:
                     raise EngineError(
                         f"VLLMRollout: {len(open_requests)} of {len(requests)} prompts are not finished after "

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,6 +272,8 @@ class EngineWithCopy(RolloutCallback):
         self.verify, self.bucket_bytes, self.sleep_level = verify, bucket_mb << 20, sleep_level
         self.deadline, self.drift_warning, self.drift_limit = deadline, drift_warning, drift_limit
         self._told = False
+        self.check_call: Callable[[], None] | None = None
+        """Called again and again while the engine generates, if it can; raises what is to end the call."""
 
     @override
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:

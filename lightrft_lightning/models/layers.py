@@ -41,7 +41,7 @@ def compile_layers(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no decoder layers that can be told apart from the rest.
     """
-    layers = list(_decoder_layers(model))
+    layers = list(decoder_layers(model))
     if not layers:
         raise ValueError(f"compile=True: {type(model).__name__} has no layers of Transformers' kind; leave it out")
     for layer in layers:
@@ -128,7 +128,8 @@ def randomness(model: nn.Module) -> dict[str, float]:
     return {name: strength for name, strength in sorted(found.items()) if strength > 0}
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a Hugging Face model, all of which are alike."""
     return (module for module in model.modules() if isinstance(module, _layer_class()))
 
 

@@ -47,12 +47,13 @@ def in_process(model, *arguments):
 
 
 class Lossy(RemoteRollout):
-    """Loses a tensor on the way."""
+    """Loses a tensor on the way, or spoils it."""
 
-    lost = ""
+    lost = spoilt = ""
 
     def _send(self, tensors):
-        super()._send({name: tensor for name, tensor in tensors.items() if name != self.lost})
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name == self.spoilt}
+        super()._send({name: tensor for name, tensor in {**tensors, **zeros}.items() if name != self.lost})
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +107,17 @@ def test_a_lost_tensor_is_caught_by_name(strategy, remote, way, monkeypatch, ver
     monkeypatch.setattr(remote, "verify", verify)
     remote.update_weights(PolicyWeights(strategy, model_with(seed=2)), 7)
     model = model_with(seed=3)
-    monkeypatch.setattr(remote, "lost", "model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(WeightMismatchError, match=r"not hold the trainer's 'model\.layers\.1\.mlp\.up_proj\.weight'$"):
+    name = "model.layers.1.mlp.up_proj.weight"
+    monkeypatch.setattr(remote, "spoilt", name)
+    with pytest.raises(WeightMismatchError, match=rf"not hold the trainer's '{re.escape(name)}'$"):
+        remote.update_weights(PolicyWeights(strategy, model), 8)
+    monkeypatch.setattr(remote, "spoilt", "")
+    monkeypatch.setattr(remote, "lost", name)
+    with pytest.raises(EngineError, match=rf"status 400: the update lacks '{re.escape(name)}': send every parameter"):
         remote.update_weights(PolicyWeights(strategy, model), 8)
     unnamed = [item for item in PolicyWeights(strategy, model) if item[0] != "lm_head.weight"]
     monkeypatch.setattr(remote, "lost", "")
-    with pytest.raises(WeightMismatchError, match=r"the engine has 'lm_head\.weight', which no weight was sent for$"):
+    with pytest.raises(EngineError, match=r"status 400: the update lacks 'lm_head\.weight'"):
         remote.update_weights(unnamed, 8)
     remote.update_weights(PolicyWeights(strategy, model), 8)
     assert agree(remote.generate(PROMPTS, SAMPLING), in_process(model, PROMPTS, SAMPLING))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
+import signal
 import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from lightrft_lightning import SamplingParams, TransformersRollout, cli
+from lightrft_lightning._seeds import derive_seed
+from lightrft_lightning.engines import _wire as wire
 from lightrft_lightning.engines import server as server_module
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -137,6 +144,10 @@ def test_generates_as_in_process_and_ends_with_the_count(http):
         ({"streams": [0, 1, 0.5]}, "0.5"),
         ({"deadline": 0}, "deadline=0"),
         ({"deadline": "1"}, "'1'"),
+        ({"deadline": 10**400}, "deadline=1000"),
+        (json.dumps(request()).replace('"deadline": 9', '"deadline": 1e999').encode(), "deadline=inf"),
+        ({"dead_line": 1}, "Did you mean 'deadline'?"),
+        ({"streams": [0, 1, 10**30]}, "streams=[0, 1, 1000"),
         ({"weights": 5}, "weights=5"),
         ({"sampling": []}, "sampling=[]"),
         ({"sampling": {"temprature": 1}}, "Did you mean 'temperature'?"),
@@ -144,6 +155,10 @@ def test_generates_as_in_process_and_ends_with_the_count(http):
         ({"sampling": {"n": 10**9}}, "n=1000000000"),
         ({"sampling": {"n": 1.5}}, "n=1.5"),
         ({"sampling": {"top_p": 0}}, "top_p=0"),
+        ({"sampling": {"temperature": 1e-300}}, "temperature=1e-300"),
+        ({"sampling": {"seed": 10**30}}, "seed=1000"),
+        ({"sampling": {"top_k": 10**400}}, "top_k=1000"),
+        (json.dumps(request(sampling={"stop": ["\ud800"]})).encode(), "ud800"),
         ({"sampling": {"temperature": -1}}, "temperature=-1"),
         ({"sampling": {"stop": ["a", ""]}}, "['a', '']"),
         ({"sampling": {"max_new_tokens": 10**6}}, "max_new_tokens=1000000"),
@@ -156,6 +171,86 @@ def test_bad_requests_are_refused_and_quoted(http, body, quoted):
         response = http.post("/generate", content=body)
     assert response.status_code == 400, response.text
     assert quoted in error(response) and "Traceback" not in response.text and len(response.text) < 1000
+
+
+def test_bad_fields_of_the_other_routes_are_refused_and_named(http, session):
+    bad = {
+        "/session": [{"host": "", "pid": 1}, {"host": "a\nb", "pid": 1}, {"host": "a", "pid": 10**400}, {"host": "a"}],
+        "/weights/end": [{}, {"version": -1}, {"version": 10**400}, {"version": 1.5}, {"version": 1, "more": 2}],
+        "/weights/read": [{}, {"wanted": []}, {"wanted": {"a": [0, 0]}}, {"wanted": {"a": [10**30, 1]}},
+                          {"wanted": {}, "names": [1]}, {"wanted": {}, "extra": 1}],
+        "/sleep": [{}, {"level": 0}, {"level": True}, {"level": 1.0}, {"level": 10**400}],
+        "/weights/bucket": [{}, {"file": "a" * 1000}, {"file": "a", "b": 1}],
+    }  # fmt: skip
+    for path, bodies in bad.items():
+        for body in [*bodies, [], "x"]:
+            response = http.post(path, json=body, headers=session)
+            assert response.status_code == 400, (path, body, response.text)
+            assert "\n" not in error(response) and len(error(response)) < 500
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 1 << 63, 1e-320])
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = ["prompts", "streams", "sampling", "deadline", "weights", "other"]
+SAMPLING = ["n", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "seed", "other"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([(f,) for f in FIELDS] + [("sampling", f) for f in SAMPLING]), JSON)
+def test_whatever_a_field_holds_it_is_usable_or_refused_in_one_line(where, value):
+    body = request()
+    (body["sampling"] if len(where) == 2 else body)[where[-1]] = value
+    try:
+        wanted = wire.parse_request(wire.parse_object(json.dumps(body).encode()), 16)
+    except ValueError as err:
+        assert "\n" not in str(err) and len(str(err)) < 500
+        return
+    sampling = wanted.sampling
+    assert 0 < wanted.deadline <= 1e6 and 1 <= sampling.n <= 1 << 16 and math.isfinite(sampling.temperature)
+    assert len(wanted.prompts) == len(wanted.streams) and all(0 <= i < 16 for prompt in wanted.prompts for i in prompt)
+    numpy.random.default_rng(derive_seed(sampling.seed, *wanted.streams))
+
+
+# ------------------------------------------------------------------------------- calls that are to end
+
+
+LONG = {"n": 400, "max_new_tokens": 60, "stop": ["never"]}
+"""Seconds of work for the tiny model."""
+
+
+def test_a_call_ends_at_its_deadline_and_when_its_client_hangs_up(http):
+    start = time.monotonic()
+    late = http.post("/generate", json=request(sampling=LONG, deadline=0.1))
+    assert late.status_code == 504 or "504" in late.text.splitlines()[-1]
+    assert "prompts are finished after deadline=0.1 s" in late.text
+    for path in ("/generate", "/generate"):  # the second one waits for the first
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{http.base_url}{path}",
+                json=request(sampling={**LONG, "n": 20_000}, deadline=600),
+                headers=http.headers,
+                timeout=0.2,
+                trust_env=False,
+            )
+    assert http.post("/generate", json=request()).status_code == 200
+    assert time.monotonic() - start < 20
+
+
+def test_sigterm_in_a_call_ends_the_server_in_order(start_server):
+    server = start_server()
+    host, port = server.url(60).removeprefix("http://").split(":")
+    body = json.dumps(request(sampling={**LONG, "n": 20_000}, deadline=600)).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=1) as connection:
+        connection.sendall(head.encode() + body)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        os.kill(server.pid, signal.SIGTERM)
+        assert server._process.wait(30) == 128 + signal.SIGTERM, server.last_lines()
 
 
 # ------------------------------------------------------------------------------- sessions and updates
@@ -186,6 +281,15 @@ def test_an_update_is_all_or_nothing(http, session):
     assert "Did you mean 'model.norm.weight'?" in error(generate())  # the reason why the weights are unusable
     assert bucket(save(weights())).status_code == 409  # the rest of an update that failed
     assert http.post("/weights/end", json={"version": 1}, headers=session).status_code == 409
+    assert http.post("/weights/begin", headers=session).status_code == 200
+    assert bucket(save({"model.norm.weight": torch.ones(32)})).status_code == 200
+    partial = http.post("/weights/end", json={"version": 1}, headers=session)
+    assert partial.status_code == 400 and "the update lacks 'model.embed_tokens.weight', 'model" in error(partial)
+    assert generate().status_code == 409 and "the update lacks" in error(generate())
+    for dtype in (torch.bool, torch.complex64, torch.int64):
+        assert http.post("/weights/begin", headers=session).status_code == 200
+        wrong = bucket(save({"model.norm.weight": torch.ones(32).to(dtype)}))
+        assert wrong.status_code == 400 and "model.norm.weight has the dtype" in error(wrong)
     assert http.post("/weights/begin", headers=session).status_code == 200
     wrong_shape = bucket(save({"model.norm.weight": torch.ones(31)}))
     assert wrong_shape.status_code == 400 and "[32]" in error(wrong_shape) and "[31]" in error(wrong_shape)
