@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -27,7 +26,7 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     the config, that of the tokenizer, and the one with which the chat template closes a turn of the assistant.
 
     Args:
-        model: a Hugging Face model, its folder or hub id, or None.
+        model: a Hugging Face model, what `load_model` takes, or None.
         tokenizer: of the model.
     """
     ids: set[int] = set()
@@ -39,16 +38,19 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _of_configs(model: Any) -> list[Any]:
     """What the generation config says, or the config if there is none."""
-    if isinstance(model, str | Path):
-        config = import_extra("transformers", "hf").GenerationConfig
-        try:
-            return [config.from_pretrained(str(model)).eos_token_id]
-        except OSError:  # the folder has none
-            from lightrft_lightning.models.loading import load_config
+    if model is None:
+        return []
+    if hasattr(model, "config"):
+        config = getattr(model, "generation_config", None) or model.config.get_text_config()
+        return [getattr(config, "eos_token_id", None)]
+    from lightrft_lightning.models.loading import load_config, made_or_found
 
-            return [load_config(model).get_text_config().eos_token_id]
-    found = getattr(model, "generation_config", None)
-    return [] if model is None else [getattr(found or model.config.get_text_config(), "eos_token_id", None)]
+    if isinstance(found := made_or_found(model), str):
+        try:
+            return [import_extra("transformers", "hf").GenerationConfig.from_pretrained(found).eos_token_id]
+        except OSError:
+            log.debug("%s has no generation_config.json: the ends of its config count", found)
+    return [load_config(model).get_text_config().eos_token_id]
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -90,8 +92,8 @@ def _turn_end(key: _ByIdentity, template: str) -> int | None:
 
 
 def embedded_ids(model: Any) -> int | None:
-    """How many ids `model` has embeddings for; None if that is not known. A folder or a hub id: by its config."""
-    if isinstance(model, str | Path):
+    """How many ids `model` has embeddings for, or what `load_model` takes by its config; None if that is not known."""
+    if not hasattr(model, "config"):
         from lightrft_lightning.models.loading import load_config
 
         return getattr(load_config(model).get_text_config(decoder=True), "vocab_size", None)

@@ -19,7 +19,7 @@ from lightrft_lightning import (
     TransformersRollout,
 )
 from lightrft_lightning.models.tiny import char_tokenizer
-from lightrft_lightning.models.tokens import end_ids, prompt_ids, tell_added_ids, turn_end
+from lightrft_lightning.models.tokens import embedded_ids, end_ids, prompt_ids, tell_added_ids, turn_end
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz? "
 TEMPLATE = (
@@ -95,6 +95,13 @@ def test_the_ends_of_a_folder_are_those_of_the_model_in_it(tmp_path):
     assert end_ids(str(tmp_path), tokenizer) == {2, 9}
     (tmp_path / "generation_config.json").unlink()
     assert end_ids(str(tmp_path), tokenizer) == {2, 7}
+
+
+@pytest.mark.parametrize("source", ["tiny-llama", {"name": "tiny-llama", "layers": 1}])
+def test_a_registered_model_has_the_ends_of_its_config(source):
+    tokenizer = char_tokenizer(ALPHABET)
+    assert end_ids(source, tokenizer) == {2}
+    assert embedded_ids(source) == 16
 
 
 @pytest.mark.parametrize(
