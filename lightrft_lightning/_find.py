@@ -23,6 +23,9 @@ from lightrft_lightning._registry import Registry
 FILE_MODULES = "lightrft_file_"
 """How the names of modules begin that are files of the user."""
 
+_stamps: dict[str, tuple[int, int]] = {}
+"""Of each module from a file when it was written last, and its size."""
+
 _given: ContextVar[frozenset[str] | None] = ContextVar("given", default=None)
 """Inside of `settings_of_a_checkpoint`: what its caller has named himself."""
 
@@ -128,12 +131,21 @@ def check_options(kind: str, name: str, cls: Callable[..., Any], options: Mappin
 
 
 def _load_file(path: Path, kind: str) -> ModuleType:
+    """The module, which is run once as long as the file stays as it is."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file with {kind}s: {str(path)!r} (looked in {str(Path.cwd())!r})")
     name = f"{FILE_MODULES}{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size)
+    if name in sys.modules and _stamps.get(name) == stamp:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _stamps[name] = stamp
     return module

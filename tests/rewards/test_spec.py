@@ -67,6 +67,23 @@ def test_functions_in_a_file(tmp_path):
         Rewards(f"{tmp_path}/nope.py:f")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_functions_of_one_file_run_it_once(tmp_path, order):
+    file = tmp_path / "own.py"
+    file.write_text(
+        f"open('{tmp_path}/runs', 'a').write('x')\ndef a(completion): return 1\ndef b(completion): return 2"
+    )
+    entries = [{"name": f"{file}:a", "processes": 1}, f"{file}:b", f"{file}:a", {"name": f"{file}:b", "processes": 1}]
+    assert score_one(Rewards(entries[::order])) == 6
+    assert (tmp_path / "runs").read_text() == "x" * 3, "here and in each of the two processes"
+    file.write_text("def a(completion): return 33")
+    assert score_one(Rewards(f"{file}:a")) == 33, "a notebook's user has changed it"
+    file.write_text("def a(completion): return 4\n1 / 0")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            Rewards(f"{file}:a")
+
+
 def test_registered_functions():
     @REWARDS.register("test_spec_own")
     def function(completion):
