@@ -12,11 +12,15 @@ import torch
 
 from lightrft_lightning.engines.base import RolloutEngine
 from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
-from lightrft_lightning.rewards.base import RewardReport, Rewards, Scoring
+from lightrft_lightning.rewards.base import Rewards, Scoring
+from lightrft_lightning.rewards.report import RewardReport
 from lightrft_lightning.strategies.base import StrategyBase
 
 _SECONDS = ("rollout", "rewards", "waited")
 """What `Ahead` measures: the rollout as a whole, and what training had to wait for."""
+
+_OWN = ("policy_version", "text", "reward", "reward_parts", "applicable")
+"""What a checkpoint holds of a trajectory besides its prompt and tokens."""
 
 
 @dataclass
@@ -103,7 +107,7 @@ def sampled_state(sampled: Sampled, gather: Callable[[Any], list[Any]]) -> dict[
                 "prompt_tokens": len(t.prompt.token_ids),
                 "completion_tokens": len(t.completion.token_ids),
                 "finish_reason": t.completion.finish_reason,
-                **{name: getattr(t, name) for name in ("policy_version", "text", "reward", "reward_parts")},
+                **{name: getattr(t, name) for name in _OWN},
             },
             t.prompt.token_ids + t.completion.token_ids,
             t.completion.logprobs,
@@ -131,7 +135,8 @@ def sampled_from_state(state: Mapping[str, Any], rank: int, ranks: int) -> Sampl
         if group % ranks == rank:
             messages = tuple(given["messages"])
             prompt = prompts.setdefault(group, Prompt(prompt_ids, given["text"], given["fields"], False, messages))
-            own = {name: sample[name] for name in ("policy_version", "text", "reward", "reward_parts")}
+            own = {name: sample[name] for name in _OWN if name in sample}
             trajectories.append(Trajectory(prompt, completion, group, **own))
-    failed = sum(t.reward is None for t in trajectories)
-    return Sampled(trajectories, RewardReport(len(trajectories), failed, 0, 0), dict.fromkeys(_SECONDS, 0.0))
+    missing = [t.applicable for t in trajectories if t.reward is None]
+    report = RewardReport(len(trajectories), failed=sum(missing), inapplicable=len(missing) - sum(missing))
+    return Sampled(trajectories, report, dict.fromkeys(_SECONDS, 0.0))

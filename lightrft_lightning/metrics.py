@@ -49,13 +49,14 @@ class SampleResult(NamedTuple):
     turns: int = 0
     errors: int = 0
     observed: int = 0
+    applicable: bool = True
 
 
 def sample_result(t: Trajectory) -> SampleResult:
     """Policy tokens, whether the completion ended by itself, the reward, whose completion it is, and its episode."""
     finished, written = t.completion.finish_reason != "length", sum(t.mask)
-    episode = (len(t.episode.turns), t.episode.errors, len(t.mask) - written) if t.episode else ()
-    return SampleResult(written, finished, t.reward, dict(t.reward_parts), t.group, *episode)
+    episode = (len(t.episode.turns), t.episode.errors, len(t.mask) - written) if t.episode else (0, 0, 0)
+    return SampleResult(written, finished, t.reward, dict(t.reward_parts), t.group, *episode, t.applicable)
 
 
 def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
@@ -77,12 +78,14 @@ def reward_metrics(samples: Sequence[SampleResult]) -> dict[str, float]:
 def pass_metrics(groups: Sequence[Sequence[SampleResult]], threshold: float) -> dict[str, float]:
     """``pass@k`` for k = 1, 2, 4, ... and n, and ``mean@n``, over prompts with n samples each.
 
-    A sample passes if its reward reaches `threshold`; one without a reward does not pass, and is left out of the mean.
+    A sample passes if its reward reaches `threshold`; one whose reward failed does not pass, and is left out of the
+    mean. Samples that no reward function applies to are left out of everything.
     """
+    groups = [rest for group in groups if (rest := [s for s in group if s.applicable])]
     n = max(map(len, groups), default=0)
-    passed = [sum(s.reward is not None and s.reward >= threshold for s in group) for group in groups]
+    passed = [(len(group), sum(s.reward is not None and s.reward >= threshold for s in group)) for group in groups]
     ks = sorted({n, *(2**i for i in range(n.bit_length()))} - {0})
-    metrics = {f"pass@{k}": mean([pass_at_k(n, c, k) for c in passed]) for k in ks if k <= n}
+    metrics = {f"pass@{k}": mean([pass_at_k(m, c, k) for m, c in passed if m >= k]) for k in ks if k <= n}
     if n > 1:
         metrics[f"mean@{n}"] = mean([s.reward for group in groups for s in group if s.reward is not None])
     return metrics

@@ -44,6 +44,7 @@ from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.models.tokens import check_data_ids
 from lightrft_lightning.rewards import Rewards
+from lightrft_lightning.rewards.watch import RewardWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -274,6 +275,7 @@ class RLHFModule(Update):
         elif (max_turns, max_length) != (None, None) or "environment" in rewards.names:
             raise ValueError("max_turns, max_length and the reward 'environment' need RLHFModule(environment=...)")
         self.rewards = rewards
+        self._reward_watch = RewardWatch(rewards)
         self._source: Any = None if isinstance(model, nn.Module) else model
         check_adapters(model, lora, quantization)
         self._tokenizer = tokenizer
@@ -333,6 +335,7 @@ class RLHFModule(Update):
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             self._sampled_ahead = ahead.finish()
+            self._reward_watch.trained(self._sampled_ahead.report, self.iteration, self.strategy)
 
     def give_up_sampling(self) -> None:
         """Do not wait for what is being sampled for the next iteration, as there is none."""
@@ -348,6 +351,7 @@ class RLHFModule(Update):
             trajectories = self.rollout(prompts, sampling, scoring.add, first_group)
             generated = time.perf_counter()
             report = scoring.finish()
+        self._reward_watch.trained(report, self.iteration, self.strategy)
         seconds = {"rollout": generated - start, "rewards": time.perf_counter() - generated}
         return Sampled(trajectories, report, seconds)
 
@@ -495,7 +499,7 @@ class RLHFModule(Update):
 
     def _evaluate(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx, dataloader_idx))
-        self.rewards.score(trajectories, self.strategy)
+        self._reward_watch.evaluated(self.rewards.score_silently(trajectories, self.strategy))
         groups: dict[int, list[SampleResult]] = {}
         for sample in self._gather_samples(trajectories):
             groups.setdefault(sample.group, []).append(sample)
@@ -503,6 +507,7 @@ class RLHFModule(Update):
 
     def _log_evaluation(self, stage: str) -> None:
         """Over all prompts of the evaluation, in which each counts once, and over those of each set that has a name."""
+        self._reward_watch.end_evaluation(self.strategy)
         names = getattr(self.trainer.datamodule, "val_names", ())  # type: ignore[attr-defined]
         evaluated, self._evaluated = self._evaluated, {}
         sets = {stage: [group for groups in evaluated.values() for group in groups]}
@@ -522,6 +527,7 @@ class RLHFModule(Update):
 
     def _start_evaluation(self) -> None:
         self._evaluated = {}  # of an evaluation that was broken off
+        self._reward_watch.begin_evaluation()
 
     on_validation_epoch_start = on_test_epoch_start = _start_evaluation
 
@@ -655,6 +661,7 @@ class RLHFModule(Update):
         for name in ("train", "val"):
             check_data_ids(name, getattr(data, f"{name}_prompts", None) or (), self.actor, self.tokenizer)
         tell_ignored_outputs(self.actor)  # type: ignore[arg-type]
+        self.rewards.check_data(prompts or ())
         self._settle_attention()
 
     # ---------------------------------------------------------------- checkpoints
@@ -771,6 +778,7 @@ class RLHFModule(Update):
         tokens = sum(s.length for s in samples)
         counts = {
             "failed_rewards": sampled.report.failed,
+            "inapplicable_rewards": sampled.report.inapplicable,
             "groups_with_signal": len({t.group for t in usable if any(t.advantages)}),
         }
         train = {

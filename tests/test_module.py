@@ -421,7 +421,13 @@ def test_a_correction_weighs_what_the_engine_drew_from_another_policy(tmp_path):
     ids=["nan", "all-equal", "raises"],
 )
 def test_a_batch_without_signal_is_survived_and_logged(tmp_path, reward, caplog):
-    module, record = make_module(rewards=reward), Record()
+    calls = []
+
+    def but_once(completion):  # or the run would stop
+        calls.append(completion)
+        return 0.7 if len(calls) == 1 else reward(completion)
+
+    module, record = make_module(rewards=but_once), Record()
     module.configure_model()
     before = weights_of(module)
     trainer = make_trainer(tmp_path, callbacks=[record], limit_train_batches=2, limit_val_batches=0)
@@ -737,9 +743,15 @@ def test_from_config_wires_the_fields():
 
 
 def test_failed_rewards_may_get_a_fixed_value(tmp_path):
-    module = make_module(rewards=lambda completion: 1 / 0, reward_on_error=-2.0)
+    first = []
+
+    def one(completion):
+        first.append(completion)
+        return 1 / (len(first) == 1)
+
+    module = make_module(rewards=one, reward_on_error=-2.0)
     make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0).fit(module, make_data())
-    assert {t.reward for t in module.last_trajectories} == {-2.0}
+    assert sorted(t.reward for t in module.last_trajectories) == [-2.0] * 15 + [1.0]
 
 
 @pytest.mark.parametrize("field", [{"plot_every": 5}, {"use_tensorboard": "x"}])

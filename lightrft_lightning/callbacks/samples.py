@@ -64,7 +64,7 @@ class SampleTable(Callback):
                 # The question is at the end of a prompt, behind the chat template's system message.
                 Text(shortened(printable(t.prompt.text), limit, keep_end=0.9)),
                 Text(shortened(printable(t.text), limit, keep_end=0.4)),
-                "failed" if t.reward is None else f"{t.reward:.2f}",
+                f"{t.reward:.2f}" if t.reward is not None else "failed" if t.applicable else "none",
                 t.completion.finish_reason,
             )
         out.print(table)

@@ -123,8 +123,9 @@ class Trajectory:
             log-probabilities in `completion` are 0).
         text: the completion as text, without special tokens.
         episode: its turns, if there is an environment.
-        reward: None if the reward failed and its policy is to drop the sample.
-        reward_parts: each reward function's own value.
+        reward: None if the reward failed and its policy is to drop the sample, or if no reward function applies.
+        reward_parts: the value of each reward function that applies and did not fail.
+        applicable: False if every reward function has returned None.
         old_logprobs: ``[T]`` the trainer's log-probabilities of the completion before the update, if it needs them.
         reference_logprobs: ``[T]`` the same under the reference policy.
         entropies: ``[T]`` of the trainer's distributions, in nats, before the update, if it needs them.
@@ -142,6 +143,7 @@ class Trajectory:
     episode: Episode | None = None
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
+    applicable: bool = True
     old_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     entropies: Tensor | None = None

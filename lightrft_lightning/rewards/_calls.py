@@ -10,7 +10,9 @@ process starts fast.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
+import os
 import queue
 import threading
 import time
@@ -30,7 +32,7 @@ class Outcome:
     """What became of one call.
 
     Attributes:
-        value: what it returned; None if it failed.
+        value: what it returned; None if it failed, or if it was to find a reward and does not apply to this sample.
         failure: the kind of failure; None if there was none.
         reason: the failure in words.
     """
@@ -126,18 +128,30 @@ def run_on_event_loop(calls: Sequence[Callable[[], Awaitable[Any]]], deadline: f
 
 
 def guarded(call: Callable[[], Any]) -> Outcome:
-    """Call it; whatever it raises is the outcome's failure."""
+    """Call it; whatever it raises is the outcome's failure. Who comes back must be the process that has called."""
+    process = os.getpid()
     try:
         return Outcome(call())
     except BaseException as err:  # also SystemExit: it would end this thread, and its sample would wait for ever
         return Outcome(failure="failed", reason=_describe(err))
+    finally:
+        _end_copy(process)
 
 
 async def _guarded_await(call: Callable[[], Awaitable[Any]]) -> Outcome:
+    process = os.getpid()
     try:
         return Outcome(await call())
     except BaseException as err:  # asyncio lets SystemExit and KeyboardInterrupt end the whole loop
         return Outcome(failure="failed", reason=_describe(err))
+    finally:
+        _end_copy(process)
+
+
+def _end_copy(process: int) -> None:
+    """A call that has forked may come back twice; the copy must neither answer nor go on with what comes next."""
+    if os.getpid() != process:
+        os._exit(0)
 
 
 def checked_values(result: Any, size: int) -> list[Outcome]:
@@ -149,7 +163,7 @@ def checked_values(result: Any, size: int) -> list[Outcome]:
         TypeError: it returned something that has no order.
         ValueError: it returned more or fewer values than samples.
     """
-    if isinstance(result, (str, bytes, Mapping, Set)):
+    if isinstance(result, (str, bytes, Mapping, Set)) or not hasattr(type(result), "__iter__"):
         raise TypeError(f"returned a {type(result).__name__} in place of a list of numbers")
     values = list(islice(result, size + 1))
     if len(values) != size:
@@ -158,10 +172,13 @@ def checked_values(result: Any, size: int) -> list[Outcome]:
 
 
 def checked_value(value: Any) -> Outcome:
-    """A finite number, or the failure of its sample, which an exception in place of a number explains."""
+    """A finite number; None: the reward does not apply; or the failure of its sample, which an exception explains."""
+    if value is None:
+        return Outcome()
     if isinstance(value, BaseException):
         return Outcome(failure="failed", reason=_describe(value))
-    refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number")
+    hint = f". {_ONE_NUMBER}" if isinstance(value, (list, tuple)) else ""
+    refused = Outcome(failure="failed", reason=f"returned a {type(value).__name__}, which is no number{hint}")
     if isinstance(value, (str, bytes, bytearray)):  # float("1") would work
         return refused
     try:
@@ -183,7 +200,35 @@ def _describe(err: BaseException) -> str:
         message = repr(str(err)[:200])[1:-1]  # lone surrogates would break the log file
     except BaseException:
         message = "(its message cannot be read)"
-    return f"{type(err).__name__}: {message}{place}"
+    remedy = _remedy(err, message)
+    return f"{type(err).__name__}: {message}{place}{f'. {remedy}' if remedy else ''}"
+
+
+_ONE_NUMBER = "A function with `completion` returns one number; one with `completions` gets lists and returns a list"
+_TEXT = "Prompts and completions are text here, no messages: write `completion` in place of completion[0]['content']"
+_THREAD = "Reward functions run in threads: with `processes: 1` this one is called in the main thread of a process"
+_LOOP = "Take asyncio.run(...), or make the function `async def`"
+_OF_A_MESSAGE = ("content", "role", "get", "keys", "values", "items")
+
+
+def _remedy(err: BaseException, message: str) -> str:
+    """What a function that was written for something else needs; empty: nothing that is known."""
+    if isinstance(err, TypeError) and "string indices must be integers" in message:
+        return _TEXT
+    if isinstance(err, AttributeError) and isinstance(err.obj, str) and err.name in _OF_A_MESSAGE:
+        return _TEXT
+    if "signal only works in main thread" in message or "threaded environment" in message:
+        return _THREAD
+    return _LOOP if "no current event loop" in message else ""
+
+
+def finished(result: Any) -> Any:
+    """What a function has returned, and if that is awaitable what comes of it."""
+    return asyncio.run(_wait_for(result)) if inspect.isawaitable(result) else result
+
+
+async def _wait_for(result: Awaitable[Any]) -> Any:
+    return await result
 
 
 def timed_out(deadline: float) -> Outcome:

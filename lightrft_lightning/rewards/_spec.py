@@ -11,7 +11,7 @@ from typing import Any
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._find import check_options, find, short_name
 from lightrft_lightning._registry import Registry
-from lightrft_lightning.experience.trajectory import Trajectory
+from lightrft_lightning.experience.trajectory import Prompt, Trajectory
 from lightrft_lightning.rewards._pool import ProcessPool
 
 REWARDS: Registry[Callable[..., Any]] = Registry("reward")
@@ -19,7 +19,9 @@ REWARDS: Registry[Callable[..., Any]] = Registry("reward")
 
 SINGLE = ("prompt", "completion")
 BATCH = ("prompts", "completions")
-PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids", "episode")
+PROVIDED = (*SINGLE, *BATCH, "finish_reason", "token_ids", "completion_ids", "episode")
+OF_TRL = ("trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL's GRPOTrainer passes to reward functions besides, and nothing here stands for."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class RewardFunction:
         is_async: returns an awaitable.
         required: columns that it cannot do without.
         optional: columns that it takes if the data has them; None: all.
+        named: what stands in its signature.
         pool: the processes that it runs in, if it does.
         batch_size: most samples of one call, for batch functions that may see any part of the batch; a failed call is
             then not repeated sample by sample.
@@ -61,6 +64,7 @@ class RewardFunction:
     is_async: bool
     required: frozenset[str]
     optional: frozenset[str] | None
+    named: frozenset[str] = frozenset()
     pool: ProcessPool | None = None
     batch_size: int | None = None
     workers: int | None = None
@@ -100,6 +104,7 @@ class RewardFunction:
             is_async=_is_async(function),
             required=frozenset(required),
             optional=None if everything else frozenset(optional),
+            named=frozenset(names),
             pool=None if processes is None else ProcessPool(name, function, processes),
             batch_size=getattr(function, "batch_size", None) if batch else None,
             workers=getattr(function, "workers", None),
@@ -116,12 +121,16 @@ class RewardFunction:
             "finish_reason": completion.finish_reason,
             "token_ids": completion.token_ids,
         }
-        if self.optional is None:
-            return available
-        wanted = self.required | self.optional
+        known = set(available) if self.optional is None else set()
+        available["completion_ids"] = list(completion.token_ids)  # as TRL calls it
         if trajectory.episode is not None:
             available["episode"] = trajectory.episode
+        wanted = self.required | (self.optional or set()) | self.named | known
         return {name: value for name, value in available.items() if name in wanted}
+
+    def lacking(self, prompt: Prompt) -> list[str]:
+        """Columns that it needs and the prompt's row lacks."""
+        return sorted(self.required - prompt.fields.keys() - set(PROVIDED))
 
     def missing(self, arguments: Mapping[str, Any]) -> list[str]:
         """Columns that it needs and `arguments` lack."""

@@ -3,52 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightrft_lightning._errors import unknown_name
-from lightrft_lightning.experience.trajectory import Trajectory
+from lightrft_lightning.experience.trajectory import Prompt, Trajectory
 from lightrft_lightning.rewards._calls import (
     Failure,
     Outcome,
     checked_value,
     checked_values,
+    finished,
     run_in_threads,
     run_on_event_loop,
 )
-from lightrft_lightning.rewards._spec import RewardFunction, check_finite, parse
+from lightrft_lightning.rewards._spec import OF_TRL, RewardFunction, check_finite, parse
 from lightrft_lightning.rewards.model import RewardModel
+from lightrft_lightning.rewards.report import Reason, RewardReport, collected
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RewardReport:
-    """What became of a batch, in numbers of samples.
-
-    Attributes:
-        samples: all of them.
-        failed: without a reward of their own, for whatever reason.
-        timed_out: of these, those that took longer than the deadline.
-        non_finite: of these, those whose reward was NaN or infinite.
-    """
-
-    samples: int
-    failed: int = 0
-    timed_out: int = 0
-    non_finite: int = 0
-
-    def __add__(self, other: RewardReport) -> RewardReport:
-        return RewardReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Rewards:
@@ -64,6 +46,9 @@ class Rewards:
     - an object with ``__call__``, or its class with options, which is then built once. Its attribute ``columns`` names
       further columns that it needs, ``workers`` how many calls there may be at a time; with ``batch_size`` it is called
       with at most that many samples, as soon as they are there, and a failure is that of all of them.
+
+    One that returns None does not apply to that sample: the others count alone, and if none applies the sample has no
+    reward, without having failed. What a function does to the columns that it gets is not seen by any other.
 
     A function runs in a thread of its own, not in the main one, with Python's and torch's thread-local settings (e.g.
     `torch.no_grad`) at their defaults. A batch function that fails or takes too long is called again one sample at a
@@ -126,7 +111,7 @@ class Rewards:
     def score(self, trajectories: Sequence[Trajectory], strategy: StrategyBase | None = None) -> RewardReport:
         """Set `reward` (the weighted sum) and `reward_parts` (what succeeded) of each trajectory.
 
-        Every sample without a reward of its own is logged once, with its prompt and the reason.
+        Why samples failed is logged, each reason once, with the prompt of the first.
 
         Args:
             trajectories: of this rank; may be empty.
@@ -135,7 +120,23 @@ class Rewards:
         Raises:
             ValueError: a function needs a column that the data does not have, at the first call.
         """
+        report = self.score_silently(trajectories, strategy)
+        report.warn(self.on_error)
+        return report
+
+    def score_silently(self, trajectories: Sequence[Trajectory], strategy: StrategyBase | None = None) -> RewardReport:
+        """As `score`, but what failed is the caller's to tell, with `RewardReport.warn`."""
         return self._conclude(trajectories, self._call_functions(trajectories), strategy)
+
+    def check_data(self, prompts: Sequence[Prompt]) -> None:
+        """Look whether these have what the functions need, before anything is generated.
+
+        Raises:
+            ValueError: a function needs a column that none of them has.
+        """
+        for function, _ in self.functions:
+            if prompts and all(function.lacking(prompt) for prompt in prompts):
+                raise ValueError(_missing(function, function.lacking(prompts[0]), prompts))
 
     def _call_functions(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Outcome]]:
         """For each sample what every function made of it, by name; models are left out."""
@@ -159,11 +160,20 @@ class Rewards:
         failures = [
             self._assign(t, [part[name] for name in self.names]) for t, part in zip(trajectories, parts, strict=True)
         ]
+        kinds = [kind for kind, _ in failures]
+        reasons = [
+            (reason, Reason(1, _short(t.prompt.text)))
+            for t, (kind, reason) in zip(trajectories, failures, strict=True)
+            if kind is not None
+        ]
         return RewardReport(
             samples=len(trajectories),
-            failed=sum(f is not None for f in failures),
-            timed_out=failures.count("timed_out"),
-            non_finite=failures.count("non_finite"),
+            failed=len(reasons),
+            timed_out=kinds.count("timed_out"),
+            non_finite=kinds.count("non_finite"),
+            inapplicable=sum(not t.applicable for t in trajectories),
+            values={name: sum(name in t.reward_parts for t in trajectories) for name in self.names},
+            reasons=collected(reasons),
         )
 
     @contextmanager
@@ -185,9 +195,7 @@ class Rewards:
                 continue
             lacking = [function.missing(function.arguments(t)) for t in trajectories]
             if all(lacking):
-                columns = {str(name) for t in trajectories for name in t.prompt.fields}
-                unknown = unknown_name("column", lacking[0][0], columns)
-                raise ValueError(f"the reward {function.name!r} needs {lacking[0][0]!r}, which is no option: {unknown}")
+                raise ValueError(_missing(function, lacking[0], [t.prompt for t in trajectories]))
             self._checked.add(function.name)
 
     def _score_with(self, function: RewardFunction, trajectories: Sequence[Trajectory]) -> list[Outcome]:
@@ -233,22 +241,22 @@ class Rewards:
         redone = dict(zip(unknown, again, strict=True))
         return [redone[i] if outcome is None else outcome for i, outcome in enumerate(outcomes)]
 
-    def _assign(self, trajectory: Trajectory, parts: Sequence[Outcome]) -> Failure | None:
-        """Fill in the trajectory; returns the kind of failure, if any."""
+    def _assign(self, trajectory: Trajectory, parts: Sequence[Outcome]) -> tuple[Failure | None, str]:
+        """Fill in the trajectory; returns the kind of failure, if any, and its reason."""
         named = list(zip(self.names, parts, strict=True))
-        trajectory.reward_parts = {name: part.value for name, part in named if part.failure is None}
-        trajectory.reward = self.on_error
+        trajectory.reward_parts = {name: part.value for name, part in named if part.value is not None}
+        trajectory.applicable = any(part.failure or part.value is not None for part in parts)
+        trajectory.reward = self.on_error if trajectory.applicable else None
         failure = next((part.failure for _, part in named if part.failure), None)
         reason = "; ".join(f"{name}: {part.reason}" for name, part in named if part.failure)
-        if failure is None:
-            total = sum(weight * part.value for (_, weight), part in zip(self.functions, parts, strict=True))
+        if failure is None and trajectory.applicable:
+            weighted = zip(self.functions, parts, strict=True)
+            total = sum(weight * part.value for (_, weight), part in weighted if part.value is not None)
             if math.isfinite(total):
                 trajectory.reward = total
-                return None
-            failure, reason = "non_finite", f"the weighted sum is {total}"
-        consequence = "is dropped" if self.on_error is None else f"gets {self.on_error}"
-        log.warning("no reward for a completion of %s, it %s: %s", _short(trajectory.prompt.text), consequence, reason)
-        return failure
+            else:
+                failure, reason = "non_finite", f"the weighted sum is {total}"
+        return failure, reason
 
 
 class Scoring:
@@ -276,7 +284,7 @@ class Scoring:
             self._news.notify()
 
     def finish(self) -> RewardReport:
-        """Wait until all are scored.
+        """Wait until all are scored; what failed is the caller's to tell, with `RewardReport.warn`.
 
         Raises:
             ValueError: as `Rewards.score`.
@@ -315,11 +323,11 @@ def _is_model(function: RewardFunction) -> bool:
 
 
 def _call(function: RewardFunction, batch: list[dict[str, Any]]) -> list[Outcome]:
-    return _outcomes(function, function.function(**_keywords(function, batch)), len(batch))
+    return _outcomes(function, finished(function.function(**_own_keywords(function, batch))), len(batch))
 
 
 async def _call_async(function: RewardFunction, batch: list[dict[str, Any]]) -> list[Outcome]:
-    return _outcomes(function, await function.function(**_keywords(function, batch)), len(batch))
+    return _outcomes(function, await function.function(**_own_keywords(function, batch)), len(batch))
 
 
 def _run_alone(call: Callable[[], Coroutine[Any, Any, list[Outcome]]]) -> list[Outcome]:
@@ -331,6 +339,33 @@ def _keywords(function: RewardFunction, batch: list[dict[str, Any]]) -> dict[str
         return batch[0]
     names = {name for given in batch for name in given}
     return {name: [given.get(name) for given in batch] for name in names}
+
+
+def _own_keywords(function: RewardFunction, batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """The keywords, of which a function may change what it likes: columns are shared by the samples of a prompt."""
+    return _keywords(function, [{name: _own(value) for name, value in given.items()} for given in batch])
+
+
+def _own(value: Any) -> Any:
+    kinds = (str, bytes, int, float, type(None))
+    if isinstance(value, kinds) or (isinstance(value, tuple) and all(isinstance(v, kinds) for v in value)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a generator, a lock, a connection: there is only one of it
+        return value
+
+
+def _missing(function: RewardFunction, names: Sequence[str], prompts: Sequence[Prompt]) -> str:
+    """The message for a column that no row has."""
+    name = next((n for n in names if n in OF_TRL), names[0])
+    told = f"the reward {function.name!r} needs {name!r}"
+    if name in OF_TRL:
+        return (
+            f"{told}, which TRL's trainer passes and this one does not: leave it out, or give it a default, "
+            f"`{name}=None`. Each function's mean is logged as train/reward/<name>"
+        )
+    return f"{told}, which is no option: {unknown_name('column', name, {str(n) for p in prompts for n in p.fields})}"
 
 
 def _outcomes(function: RewardFunction, result: Any, size: int) -> list[Outcome]:

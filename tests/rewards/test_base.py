@@ -200,7 +200,7 @@ class Hostile:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (None, "failed"), ("1", "failed"), (b"1", "failed"), ([1.0], "failed"), ([[1], [2]], "failed"), ({}, "failed"),
+        ("1", "failed"), (b"1", "failed"), ([1.0], "failed"), ([[1], [2]], "failed"), ({}, "failed"),
         (1j, "failed"), (torch.zeros(2), "failed"), (Hostile(), "failed"), (TEN_MB, "failed"),
         (math.nan, "non_finite"), (math.inf, "non_finite"), (np.float32("-inf"), "non_finite"), (10**400, "non_finite"),
         (Decimal("nan"), "non_finite"),
@@ -248,6 +248,43 @@ def test_fixed_value_for_failures():
 
     rewards, report = score(picky, batch(3), on_error=-1)
     assert rewards == [-1, 1, 0.5] and report.failed == 1
+
+
+@pytest.mark.parametrize("shape", ["single", "batch", "async", "async batch"])
+def test_a_function_that_returns_none_does_not_apply(shape, caplog):
+    def odd(completion):
+        return int(completion) if int(completion) % 2 else None
+
+    def odds(completions):
+        return [odd(c) for c in completions]
+
+    async def async_odd(completion):
+        return odd(completion)
+
+    async def async_odds(completions):
+        return odds(completions)
+
+    function = {"single": odd, "batch": odds, "async": async_odd, "async batch": async_odds}[shape]
+    samples = batch(4)
+    report = Rewards([function, lambda completion: 10], weights=[2, 1]).score(samples)
+    assert [t.reward for t in samples] == [10, 12, 10, 16] and report == RewardReport(4)
+    assert [len(t.reward_parts) for t in samples] == [1, 2, 1, 2]
+    assert report.values[function.__name__] == 2 and report.rewarded == 4
+    alone = batch(4)
+    report = Rewards(function, on_error=-1).score(alone)
+    assert [t.reward for t in alone] == [None, 1, None, 3], "on_error is for failures"
+    assert [t.applicable for t in alone] == [False, True] * 2 and report == RewardReport(4, inapplicable=2)
+    assert not caplog.records
+
+
+def test_a_failure_beside_none_is_a_failure():
+    report = Rewards([lambda completion: None, lambda completion: 1 / 0]).score(batch(2))
+    assert report == RewardReport(2, failed=2)
+
+
+def test_an_awaitable_of_a_plain_function_is_awaited():
+    assert score(lambda completion, answer: async_single(completion, answer), batch(3))[0] == [0, 101, 202]
+    assert score(lambda completions, answer: async_batched(completions, answer), batch(3))[0] == [0, 101, 202]
 
 
 def test_scoring_again_replaces_the_old_result():
@@ -308,6 +345,91 @@ def test_log_says_prompt_reason_and_place(caplog):
     assert len(caplog.records[0].getMessage()) < 600
 
 
+def test_each_reason_is_logged_once(caplog):
+    def picky(completion, answer):
+        if answer < 12:
+            raise KeyError("a") if answer % 3 else TypeError("b")
+        return 1
+
+    report = Rewards(picky).score(batch(15))
+    first, second = [r.getMessage() for r in caplog.records]
+    assert "8 of 15 samples: picky: KeyError: 'a'" in first and first.endswith("(first prompt: 'prompt 1')")
+    assert "4 of 15 samples: picky: TypeError: b" in second and second.endswith("(first prompt: 'prompt 0')")
+    assert (report + report).lines()[0].startswith("16 of 30 samples: picky")
+    caplog.clear()
+    Rewards(lambda completion: {}[completion]).score(batch(100))
+    assert len(caplog.records) == 11 and "90 more samples: 90 further reasons" in caplog.text
+
+
+def test_what_was_written_for_something_else_is_told_the_remedy():
+    def reason(function):
+        (text,) = Rewards(function).score(batch(1)).reasons
+        return text
+
+    import signal
+
+    for conversational in (
+        lambda completion: len(completion[0]["content"]),
+        lambda completions: [c[-1].get("content") for c in completions],
+        lambda prompt, completion: prompt[0].content,
+    ):
+        assert "Prompts and completions are text here" in reason(conversational)
+    alarm = reason(lambda completion: signal.signal(signal.SIGALRM, signal.SIG_DFL))
+    assert "with `processes: 1` this one is called in the main thread of a process" in alarm
+    assert "asyncio.run" in reason(lambda completion: asyncio.get_event_loop().run_until_complete(None))
+    assert "one with `completions` gets lists" in reason(lambda completion: [1.0])
+    assert "returned a float in place of a list of numbers" in reason(lambda completions: 1.0)
+
+
+def test_a_function_for_trl_gets_what_there_is_and_hears_what_there_is_not():
+    def trl(prompts, completions, completion_ids, answer, trainer_state=None, log_extra=None, **kwargs):
+        assert completion_ids == [[7, 7]] and kwargs["other"] == [5] and trainer_state is log_extra is None
+        return [1.0]
+
+    assert score(trl, [trajectory("c", answer=1, other=5)])[0] == [1.0]
+    rewards = Rewards(lambda completions, log_metric, **kwargs: [1.0])
+    with pytest.raises(ValueError, match=r"needs 'log_metric', which TRL's trainer passes .*`log_metric=None`"):
+        rewards.check_data([trajectory().prompt])
+    with pytest.raises(ValueError, match=r"'log_metric', which TRL's trainer passes"):
+        rewards.score([trajectory()])
+
+
+@pytest.mark.parametrize("shape", ["single", "batch"])
+def test_what_a_function_does_to_its_columns_stays_with_it(shape):
+    row = {"answer": [3, 1, 2], "meta": {"tests": ["a"]}}
+    prompt = Prompt((1,), "p", row)
+    samples = [Trajectory(prompt, Completion((1,), (0.0,), "eos"), group=0, text=str(i)) for i in range(4)]
+
+    def function(completion, answer, meta):
+        answer.sort()
+        meta["tests"].append("b")
+        return answer.pop(0) + len(meta.pop("tests"))
+
+    def functions(completions, answer, meta):
+        return [function(*args) for args in zip(completions, answer, meta, strict=True)]
+
+    assert score([{"single": function, "batch": functions}[shape]] * 2, samples)[0] == [6, 6, 6, 6]
+    assert row == {"answer": [3, 1, 2], "meta": {"tests": ["a"]}}
+
+
+def test_a_fork_that_comes_back_answers_nothing(tmp_path):
+    import os
+
+    def forks(completion):
+        if completion in "37":
+            os.fork()
+        (tmp_path / f"{completion}-{os.getpid()}").touch()
+        return int(completion)
+
+    async def forks_async(completion):
+        return forks(completion)
+
+    for function in (forks, forks_async):
+        assert score(function, batch(10), workers=1) == ([float(i) for i in range(10)], RewardReport(10))
+    time.sleep(0.1)
+    assert len(list(tmp_path.iterdir())) <= 10 + 4, "no copy goes on with other samples"
+
+
 @pytest.mark.parametrize("result", [[1, 2], [1, 2, 3, 4], 7, None, "123", {0: 1, 1: 1, 2: 1}, {1, 2, 3}])
 def test_batch_results_that_do_not_fit_are_asked_for_one_by_one(result, caplog):
     def function(completions):
@@ -347,7 +469,7 @@ def test_hostile_texts_pass_through():
 
 def test_hostile_prompts_can_be_logged(caplog):
     for prompt in (TEN_MB, "lone \ud800", "%s %d"):
-        score(lambda completion: None, [trajectory(prompt=prompt)])
+        score(lambda completion: "no number", [trajectory(prompt=prompt)])
     caplog.text.encode()
     assert len(caplog.records) == 3 and len(caplog.text) < 3000
 

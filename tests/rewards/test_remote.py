@@ -76,7 +76,8 @@ def test_an_answer_that_is_wrong_fails_its_samples_at_once(serve, score, answer,
 def test_single_rewards_that_are_no_numbers(serve, score):
     server = serve(lambda body: {"rewards": [1, math.nan, "2", None, -math.inf]})
     rewards, report = score(server.url)
-    assert rewards == [1, None, None, None, None] and report == RewardReport(5, failed=4, non_finite=2)
+    assert rewards == [1, None, None, None, None]
+    assert report == RewardReport(5, failed=3, non_finite=2, inapplicable=1)
 
 
 def test_a_wrong_answer_costs_its_own_request_only(serve, score):
