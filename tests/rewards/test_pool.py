@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ import pytest
 from lightrft_lightning.rewards import InProcesses, Rewards
 
 FUNCTIONS = """
-import asyncio, ctypes, os, re, sys, time
+import asyncio, ctypes, multiprocessing, os, re, subprocess, sys, time
 
 def single(completion, answer):
     print("what a function prints is no answer")
@@ -43,6 +45,40 @@ def scaled(completion, factor):
 
 def pid(completion):
     return os.getpid()
+
+def unsafe(completion, answer):
+    if completion == "fork" and os.fork() == 0:
+        time.sleep(0.2)                 # it answers later, for the request after this one
+    if completion == "write":
+        for fd in range(3, 1024):
+            try: os.write(fd, b"some log line")
+            except OSError: pass
+    if completion == "small":
+        for fd in range(3, 64):
+            try: os.write(fd, b"some log line")
+            except OSError: pass
+    if completion == "close":
+        os.closerange(3, 4096)
+    if completion == "children":
+        starts = "import subprocess; subprocess.Popen(['sleep', '4711'], start_new_session=True)"
+        subprocess.run([sys.executable, "-c", starts])
+        subprocess.Popen(["sleep", "4711"])
+        if os.fork() == 0:
+            time.sleep(4711)
+        os._exit(3) if answer % 2 else time.sleep(4711)
+    if completion == "alarm":
+        import signal
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    if completion == "sleep":
+        time.sleep(0.5)
+    return float(answer)
+
+def length(text):
+    return len(text)
+
+def pools(completions):
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(length, completions)
 
 class Stateful:
     def __init__(self, offset):
@@ -78,6 +114,34 @@ def test_hanging_and_crashing_calls_cost_their_own_sample(file, score, name, cap
     assert (report.failed, report.timed_out, report.non_finite) == (6, 2, 1)
     assert "its process ended (signal SIGSEGV)" in caplog.text and "(exit code 7)" in caplog.text
     assert score(rewards, ["5", "6"])[0] == [500, 601]
+
+
+def test_no_sample_gets_the_reward_of_another(file, score, caplog):
+    rewards = Rewards({"name": f"{file}:unsafe", "processes": 1}, deadline=30)
+    texts = ["fork", "sleep", "2", "write", "4", "small", "close", "7", "alarm", "sleep", "10"]
+    start = time.monotonic()
+    values, report = score(rewards, texts)
+    assert values == [0, 1, 2, None, 4, 5, None, 7, 8, 9, 10] and report.failed == 2
+    assert time.monotonic() - start < 25, "none of it is a matter of the deadline"
+    assert "what it sent is no answer to the request: b'some log line" in caplog.text
+
+
+def test_what_a_process_has_started_ends_with_it(file, score):
+    rewards = Rewards({"name": f"{file}:unsafe", "processes": 2}, deadline=2)
+    assert score(rewards, ["children", "children"])[1].timed_out == 1
+    assert _of_command("sleep 4711") == [] and _children(os.getpid(), "keeper.py") == []
+
+
+def test_a_pool_inside_a_process(file, score):
+    assert score(Rewards({"name": f"{file}:pools", "processes": 1}), ["a", "bb", "ccc"])[0] == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_run_there_says_why_once(tmp_path, score, caplog):
+    path = tmp_path / "elsewhere.py"
+    broken = f"import os\nif os.getpid() != {os.getpid()}: raise ImportError('no such GPU')\n"
+    path.write_text(broken + "def f(completion): return 1")
+    assert score(Rewards({"name": f"{path}:f", "processes": 1}), ["a"] * 50)[1].failed == 50
+    assert "50 of 50 samples: f: ImportError: no such GPU" in caplog.text and len(caplog.records) == 1
 
 
 def test_processes_are_kept_and_end_with_the_rewards(file, score):
@@ -126,30 +190,43 @@ def test_functions_of_the_script_are_refused():
 
 
 def test_workers_end_when_the_trainer_is_killed(file):
-    """Also one that holds the interpreter lock and will never look at its socket again."""
+    """And all that they have started, also where a fork of the trainer lives on."""
     script = f"""
 import os, signal, threading, time
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.rewards import Rewards
-samples = [Trajectory(Prompt((1,), "p", {{"answer": 0}}), Completion((1,), (0.0,), "eos"), 0, text="loop")] * 2
-rewards = Rewards({{"name": "{file}:single", "processes": 2}}, deadline=1000)
+samples = [Trajectory(Prompt((1,), "p", {{"answer": 0}}), Completion((1,), (0.0,), "eos"), 0)] * 2
+for sample in samples: sample.text = "children"
+rewards = Rewards({{"name": "{file}:unsafe", "processes": 2}}, deadline=1000)
 threading.Thread(target=rewards.score, args=(samples,), daemon=True).start()
-time.sleep(2)
+end = time.monotonic() + 60
+while time.monotonic() < end and len(os.popen("pgrep -f '^sleep 4711'").read().split()) < 4:
+    time.sleep(0.1)
+if os.fork() == 0:
+    time.sleep(10)
+    os._exit(0)
 for task in os.listdir("/proc/self/task"):
     print(open(f"/proc/self/task/{{task}}/children").read(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    workers = run.stdout.split()
-    assert len(workers) == 2, run.stderr
-    end = time.monotonic() + 10
-    while time.monotonic() < end and any(_runs(pid) for pid in workers):
+    assert len(run.stdout.split()) >= 3, run.stderr
+    end = time.monotonic() + 9
+    while time.monotonic() < end and _of_command("sleep 4711"):
         time.sleep(0.05)
-    assert not any(_runs(pid) for pid in workers)
+    assert not _of_command("sleep 4711")
 
 
-def _runs(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def _of_command(command):
+    """Processes that run, by how their command line begins."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "cmdline").read_bytes().replace(b"\0", b" ").decode().startswith(command):
+                found.append(int(path.name))
+    return found
+
+
+def _children(parent, script):
+    found = subprocess.run(["pgrep", "-P", str(parent), "-f", script], capture_output=True, text=True)
+    return found.stdout.split()
