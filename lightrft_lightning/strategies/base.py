@@ -34,6 +34,7 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.export import save_pretrained
 from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.precision import LOW, train_in_float32
+from lightrft_lightning.strategies import forks  # noqa: F401  # acts when this process is forked
 from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
