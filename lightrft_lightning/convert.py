@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints import folder, foreign, owners, store
+from lightrft_lightning.checkpoints.adapters import Made, alone, merged
 from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
@@ -198,8 +199,11 @@ def _outputs(
         config = {k: v for k, v in (described or {}).get("config", {}).items() if k != "quantization_config"}
         described = {**(described or {}), "config": config}
     if adapters:
-        made = _merged(made, adapters) if lora == "merge" else _adapter_only(made, adapters)
-        described = {**(described or {}), "adapters": None if lora == "merge" else adapters}
+        if lora == "merge":
+            made, described = merged(made, source.tied, described or {})
+        else:
+            made, content = alone(made, source.tied, described or {})
+            described = {**(described or {}), "adapters": content}
     wanted = None if dtype is None else getattr(torch, dtype)
     return {name: _cast(info, make, wanted) for name, (info, make) in made.items()}, described
 
@@ -214,9 +218,6 @@ def _cast(info: TensorInfo, make: Callable[[], Tensor], dtype: torch.dtype | Non
     return Output(TensorInfo(info.shape, dtype), lambda: make().to(dtype))
 
 
-Made = dict[str, tuple[TensorInfo, Callable[[], Tensor]]]
-
-
 def _dequantized(made: Made) -> Made:
     """Weights in four bits as numbers, without what is beside them."""
     names = [name.partition(SCALES)[0] for name in made if SCALES in name]
@@ -229,54 +230,6 @@ def _dequantized(made: Made) -> Made:
 
 def _in_numbers(read: Callable[[], Tensor], state: Any) -> Tensor:
     return in_numbers(read(), state)
-
-
-def _only_adapter(adapters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    if len(adapters) != 1:
-        raise ValueError(f"the checkpoint holds the adapters {', '.join(adapters)}: only one can be converted")
-    ((name, config),) = adapters.items()
-    unsupported = [k for k in ("use_dora", "alpha_pattern", "rank_pattern") if config.get(k)]
-    if str(config.get("peft_type", "LORA")).rpartition(".")[2] != "LORA" or unsupported:
-        raise ValueError(f"the adapter {name!r} is no plain LoRA ({config.get('peft_type')}, {unsupported})")
-    return name, config
-
-
-def _merged(made: Made, adapters: Mapping[str, Any]) -> Made:
-    """The base model's tensors, with ``scale · B · A`` added where there is an adapter."""
-    adapter, config = _only_adapter(adapters)
-    result: Made = {}
-    for name, (info, make) in made.items():
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        plain = name.removeprefix("base_model.model.")
-        plain = plain.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
-        low = name.replace(".base_layer.weight", f".lora_A.{adapter}.weight")
-        if low != name and low in made:
-            make = _with_adapter(make, made[low][1], made[low.replace(".lora_A.", ".lora_B.")][1], config)
-        result[plain] = (info, make)
-    left = [n for n in made if ".lora_" in n and ".lora_A." not in n and ".lora_B." not in n]
-    if left:
-        raise ValueError(f"{left[0]} cannot be merged: only adapters of linear layers can; keep them with lora='keep'")
-    return result
-
-
-def _with_adapter(
-    base: Callable[[], Tensor], low: Callable[[], Tensor], high: Callable[[], Tensor], config: Mapping[str, Any]
-) -> Callable[[], Tensor]:
-    def make() -> Tensor:
-        weight, a, b = base(), low(), high()
-        rank = a.shape[0]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        delta = b.float() @ a.float() * scale
-        return (weight.float() + (delta.T if config.get("fan_in_fan_out") else delta)).to(weight.dtype)
-
-    return make
-
-
-def _adapter_only(made: Made, adapters: Mapping[str, Any]) -> Made:
-    adapter, _ = _only_adapter(adapters)
-    chosen = {n: m for n, m in made.items() if ".lora_" in n or f".modules_to_save.{adapter}." in n}
-    return {n.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", "."): m for n, m in chosen.items()}
 
 
 # -------------------------------------------------------------------- Hugging Face
@@ -295,8 +248,7 @@ def _write_hugging_face(
     save_file = import_extra("safetensors.torch", "hf").save_file
     path.mkdir()
     if adapter_only:
-        ((_, config),) = described["adapters"].items()
-        (path / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        (path / "adapter_config.json").write_text(json.dumps(described["adapters"], indent=2, sort_keys=True))
         tensors = {name: output.make().contiguous() for name, output in outputs.items()}
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.models.export import on_meta
-from lightrft_lightning.models.merging import check_mergeable, comes_apart, plain_tensors, units
+from lightrft_lightning.models.merging import check_mergeable, comes_apart, has_adapters, plain_tensors, units
 from lightrft_lightning.models.quantized import QUANTIZATIONS
 
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -69,11 +69,6 @@ def _lora_config(settings: Mapping[str, Any]) -> Any:
         return import_extra("peft", "hf").LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **settings})
     except (TypeError, ValueError) as err:
         raise ValueError(f"lora={dict(settings)!r}: {err}") from err
-
-
-def has_adapters(model: Any) -> bool:
-    """Whether this is a PEFT model."""
-    return hasattr(model, "peft_config")
 
 
 def check_policy(model: Any, engine: str, has_copy: bool) -> None:

@@ -167,9 +167,14 @@ def _wrappers() -> Any:
     )
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT has put adapters into it."""
+    return hasattr(model, "peft_config")
+
+
 def units(model: Any) -> list[Unit]:
     """The outermost modules that PEFT has put into a model; none if it has not."""
-    if not hasattr(model, "peft_config"):
+    if not has_adapters(model):
         return []
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     found: list[Unit] = []
@@ -300,14 +305,14 @@ def check_mergeable(model: Any, plain: nn.Module) -> None:
     kinds: set[Any] = set()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, p in _outside(model, found):
-        shapes[name.removeprefix(PREFIX)] = _shape(p)
+        shapes[name.removeprefix(PREFIX)] = whole_shape(p)
     for unit in found:
         own = dict(unit.module.named_parameters(remove_duplicate=False))
-        kind = (type(unit.module), tuple((name, _shape(p)) for name, p in own.items()))
+        kind = (type(unit.module), tuple((name, whole_shape(p)) for name, p in own.items()))
         if kind not in kinds:
             kinds.add(kind)
             unit.merged(_random_values(unit))
-        shapes |= {unit.plain(name): _shape(own[local]) for name, local in unit.outputs.items()}
+        shapes |= {unit.plain(name): whole_shape(own[local]) for name, local in unit.outputs.items()}
     wanted = {name: tuple(p.shape) for name, p in plain.named_parameters(remove_duplicate=False)}
     extra = [name for name in shapes if name not in wanted]
     trained = {name.removeprefix(PREFIX) for name, p in model.named_parameters() if p.requires_grad}
@@ -346,7 +351,7 @@ def _outside(model: nn.Module, found: Iterable[Unit]) -> Iterator[tuple[str, nn.
             yield name, p
 
 
-def _shape(p: Any) -> tuple[int, ...]:
+def whole_shape(p: Any) -> tuple[int, ...]:
     """Of the whole parameter: a shard of ZeRO-3 is flat, four bits are packed."""
     quantized = getattr(p, "quant_state", None)
     return tuple(quantized.shape if quantized is not None else getattr(p, "ds_shape", p.shape))
@@ -358,5 +363,5 @@ def _random_values(unit: Unit) -> dict[str, Tensor]:
     for name, p in unit.module.named_parameters(remove_duplicate=False):
         device = torch.device("cpu") if p.is_meta else p.device
         generator = torch.Generator(device).manual_seed(zlib.crc32(unit.inputs[name].encode()))
-        values[name] = torch.empty(_shape(p), device=device).uniform_(-0.3, 0.3, generator=generator)
+        values[name] = torch.empty(whole_shape(p), device=device).uniform_(-0.3, 0.3, generator=generator)
     return values

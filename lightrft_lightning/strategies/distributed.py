@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
-from lightrft_lightning.models.export import hugging_face_part, save_pretrained, whole_copy
+from lightrft_lightning.models.export import ExportError, hugging_face_part, save_pretrained
 from lightrft_lightning.models.quantized import dequantized
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.failures import START_TIMEOUT, watch_ranks
@@ -204,11 +204,12 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         problem: Exception | None = None
         if self.is_rank_0():
             try:
-                whole = whole_copy(inner, weights)
-                save_pretrained(whole, tokenizer, Path(output_dir), merge_lora=merge_lora)
-            except (OSError, ValueError, RuntimeError, TypeError) as err:
+                save_pretrained(inner, tokenizer, Path(output_dir), merge_lora=merge_lora, weights=weights)
+            except Exception as err:  # the other ranks wait
                 problem = err
         if (problem := self.broadcast(problem)) is not None:
+            if isinstance(problem, ExportError):
+                raise problem
             raise RuntimeError(f"rank 0 could not write {output_dir}: {problem}") from problem
 
     # ---------------------------------------------------------------- collectives

@@ -11,6 +11,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from lightrft_lightning import FakeStrategy
+from lightrft_lightning.convert import convert
 from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models.export import on_meta
 from lightrft_lightning.models.lora import check_policy
@@ -75,13 +76,17 @@ def trained(settings, kind, copy=True):
     return model
 
 
+def opened(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def logprobs(model):
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 13)[None]).logits.log_softmax(-1)
 
 
 @pytest.mark.parametrize(("adapter", "kind"), TABLE)
-def test_a_copy_with_the_weights_that_are_sent_computes_what_was_trained(adapter, kind):
+def test_a_copy_and_an_exported_folder_compute_what_was_trained(adapter, kind, tmp_path):
     model = trained(ADAPTERS[adapter][0], kind)
     check_policy(model, "Engine", has_copy=True)
     copied = plain(model.config)
@@ -90,6 +95,24 @@ def test_a_copy_with_the_weights_that_are_sent_computes_what_was_trained(adapter
     assert copied.load_state_dict(sent, strict=False).unexpected_keys == []
     torch.testing.assert_close(logprobs(copied), logprobs(model), atol=1e-4, rtol=0)
     assert adapter == "layers twice" or (logprobs(model) - before).abs().max() > 1e-2
+    FakeStrategy().save_model(model, None, tmp_path / "exported")
+    FakeStrategy().save_ckpt(model, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", tmp_path / "converted")
+    for folder in ("exported", "converted"):
+        torch.testing.assert_close(logprobs(opened(tmp_path / folder)), logprobs(model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "layers twice"])
+def test_an_adapter_alone_computes_what_was_trained_on_its_base_model(adapter, tmp_path):
+    settings, kinds = ADAPTERS[adapter]
+    model = trained(settings, kinds.split()[0])
+    FakeStrategy().save_model(model, None, tmp_path / "exported", merge_lora=False)
+    FakeStrategy().save_ckpt(model, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", tmp_path / "converted", lora="keep")
+    for folder in ("exported", "converted"):
+        base = plain(CONFIGS[kinds.split()[0]])
+        read = peft.PeftModel.from_pretrained(base, tmp_path / folder).eval()
+        torch.testing.assert_close(logprobs(read), logprobs(model), atol=1e-4, rtol=0)
 
 
 def test_several_adapters_at_once_and_one_that_is_off():
@@ -179,6 +202,39 @@ def test_adapters_that_take_tied_weights_apart_are_refused(settings):
     assert comes_apart(model, on_meta(model)) == ("model.embed_tokens.weight", "lm_head.weight")
     with pytest.raises(ValueError, match=r"take model.embed_tokens.weight and lm_head.weight apart.*tie_word_embedd"):
         check_policy(model, "Engine", has_copy=False)
+
+
+@pytest.mark.parametrize("kind", ["tied", "gpt2"])
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "wte"]}])
+def test_tied_weights_that_came_apart_are_exported_as_two(settings, kind, tmp_path):
+    model = trained(lora(**{"target_modules": QV, **settings}), kind)
+    FakeStrategy().save_model(model, None, tmp_path / "exported")
+    FakeStrategy().save_ckpt(model, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", tmp_path / "converted")
+    for read in (opened(tmp_path / "exported"), opened(tmp_path / "converted")):
+        torch.testing.assert_close(logprobs(read), logprobs(model), atol=1e-4, rtol=0)
+        assert not read.config.tie_word_embeddings and model.config.tie_word_embeddings
+
+
+def test_adapters_that_cannot_be_merged_are_saved_alone_or_not_at_all(tmp_path):
+    model = trained(lora(target_modules=QV, lora_bias=True), "llama")
+    with pytest.raises(MergeError, match="q_proj: PEFT cannot merge its adapter"):
+        FakeStrategy().save_model(model, None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    FakeStrategy().save_model(model, None, tmp_path / "adapter", merge_lora=False)
+    read = peft.PeftModel.from_pretrained(plain(CONFIGS["llama"]), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logprobs(read), logprobs(model), atol=1e-5, rtol=0)
+    changed = get_peft_model(plain(CONFIGS["llama"]), lora(target_modules=QV, init_lora_weights="pissa_niter_4"))
+    message = r"'pissa_niter_4' has changed the base weights, so it cannot be saved alone"
+    with pytest.raises(ValueError, match=message):
+        FakeStrategy().save_model(changed, None, tmp_path / "other", merge_lora=False)
+    for name, saved in {"bias": model, "niter": changed}.items():
+        FakeStrategy().save_ckpt(saved, tmp_path / name)
+    with pytest.raises(MergeError, match="q_proj: PEFT cannot merge its adapter"):
+        convert(tmp_path / "bias", tmp_path / "converted")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "niter", tmp_path / "converted", lora="keep")
+    assert not (tmp_path / "converted").exists()
 
 
 def test_adapters_that_are_not_trained_are_refused():
