@@ -21,6 +21,7 @@ from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
+from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
@@ -642,6 +643,7 @@ class RLHFModule(Update):
     @override
     def on_fit_start(self) -> None:
         self._given = given(self)
+        check_checkpoints(self.trainer, self.actor)  # type: ignore[arg-type]
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
         limits = {

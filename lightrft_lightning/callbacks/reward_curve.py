@@ -19,6 +19,7 @@ from lightrft_lightning.callbacks._output import (
     rlhf_module,
     train_reward,
 )
+from lightrft_lightning.models.export import check_writable
 
 MEAN_OVER = 10
 """Iterations of the running mean; it is drawn once there are five times as many."""
@@ -55,7 +56,12 @@ class RewardCurve(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             rlhf_module(self, pl_module)
-            import_extra("matplotlib", "demo")  # now, and not after the first iterations
+            # Now, and not after the first iterations.
+            kinds = import_extra("matplotlib.backend_bases", "demo").FigureCanvasBase.get_supported_filetypes()
+            if (kind := Path(self.filename).suffix.lstrip(".") or "png") not in kinds:
+                raise ValueError(f"RewardCurve(filename={self.filename!r}): {kind!r} is none of {', '.join(kinds)}")
+            if (folder := self._folder(trainer)) is not None:
+                check_writable(folder)
 
     @override
     def on_train_batch_end(
@@ -86,10 +92,14 @@ class RewardCurve(Callback):
         if isinstance(exception, KeyboardInterrupt):
             self._draw(trainer)
 
-    def _draw(self, trainer: pl.Trainer) -> None:
+    def _folder(self, trainer: pl.Trainer) -> Path | None:
+        """Where this process draws to, if it does; all ranks together."""
         directory = Path(self.dirpath) if self.dirpath else output_dir(trainer)
-        if (self.train or self.val) and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.draw(directory / self.filename)
+        return directory if trainer.is_global_zero and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        if (folder := self._folder(trainer)) is not None and (self.train or self.val):
+            self.draw(folder / self.filename)
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw what there is so far into the file `path`; a reader never sees half a picture."""

@@ -37,6 +37,7 @@ class Summary(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         rlhf_module(self, pl_module)
+        console()  # if rich is missing, not only at the end
         self._start = time.perf_counter()
 
     @override
