@@ -14,12 +14,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
+from lightrft_lightning.experience.fingerprint import difference, fingerprint
 from lightrft_lightning.experience.trajectory import Prompt
 from lightrft_lightning.models.tokens import end_ids, prompt_ids, tell_added_ids
 
@@ -443,6 +445,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.val_prompts: list[Prompt] | dict[str, list[Prompt]] = []
         self.predict_prompts: list[Prompt] = []
         self._tokenized_with: dict[str, Any] = {}
+        self._fingerprint: tuple[list[Prompt], dict[str, Any]] | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -480,6 +483,38 @@ class PromptDataModule(pl.LightningDataModule):
                 self._tokenized_with[name] = how
         if stage == "fit":
             self.train_dataloader()  # raises if a batch is larger than the data set
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What tells a resumed run whether its training prompts are the same."""
+        if self._fingerprint is None or self._fingerprint[0] is not self.train_prompts:
+            self._fingerprint = (self.train_prompts, fingerprint(self.train_prompts))
+        if not self.train_prompts:
+            return {}
+        return {**self._fingerprint[1], **{name: getattr(self, name) for name in ("batch_size", "shuffle", "seed")}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say what has changed since the checkpoint was written."""
+        now = self.state_dict()
+        if not now or "ordered" not in state_dict:
+            return
+        if told := difference(state_dict, now):
+            rank_zero_warn(
+                f"the training prompts are not those of the checkpoint: {told}. Training goes on at the same place of "
+                "the epoch, in the order of the new rows: in this epoch some may come again or be left out"
+            )
+        elif changed := [n for n in ("shuffle", "seed") if state_dict[n] != now[n]]:
+            names = ", ".join(f"{n}={now[n]!r} in place of {state_dict[n]!r}" for n in changed)
+            rank_zero_warn(
+                f"PromptDataModule({names}): the rest of this epoch comes in the new order: some prompts may come "
+                "again or be left out"
+            )
+        elif state_dict["batch_size"] != now["batch_size"]:
+            rank_zero_warn(
+                f"PromptDataModule(batch_size={now['batch_size']}), and {state_dict['batch_size']} in the checkpoint: "
+                "the epoch goes on after the prompts that were seen, in batches of the new size"
+            )
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -20,6 +21,7 @@ from lightrft_lightning.data import (
     make_dataloader,
 )
 from lightrft_lightning.experience.trajectory import Prompt
+from lightrft_lightning.models.tiny import char_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
@@ -716,3 +718,36 @@ def test_loader_kinds():
     batch = next(iter(loader))
     assert len(batch) == 2 and batch[0] in list(batch)
     assert "PromptBatch([Prompt(" in repr(batch)
+
+
+def resumed_with(data, **changes):
+    """What is said when a checkpoint of one data module is read by another."""
+    before = small_data(train=data)
+    after = small_data(**{"train": data, **changes})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        after.load_state_dict(before.state_dict())
+    return " ".join(str(w.message) for w in told)
+
+
+def small_data(**settings):
+    module = PromptDataModule(**{"batch_size": 2, "seed": 1, "tokenizer": char_tokenizer(), **settings})
+    module.setup("fit")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "^$"),
+        ({"train": ["1+1=", "2+2=", "3+3=", "4+4=", "5+5="]}, "^the training prompts are not .*: 5 rows in place of 4"),
+        ({"train": ["2+2=", "1+1=", "3+3=", "4+4="]}, "the same rows in another order.*may come again or be left out"),
+        ({"train": ["1+1=", "2+2=", "3+3=", "4+5="]}, "4 rows as before, with other token ids"),
+        ({"template": "{prompt} "}, "4 rows as before, with other token ids"),
+        ({"seed": 2}, r"PromptDataModule\(seed=2 in place of 1\): the rest of this epoch comes in the new order"),
+        ({"batch_size": 4}, r"PromptDataModule\(batch_size=4\), and 2 in the checkpoint: the epoch goes on after"),
+    ],
+)
+def test_data_that_changed_since_the_checkpoint_is_told_in_one_line(changes, told):
+    said = resumed_with(["1+1=", "2+2=", "3+3=", "4+4="], **changes)
+    assert re.search(told, said) and "\n" not in said
