@@ -9,6 +9,7 @@ are loaded, and what the hook had interrupted is done first.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightrft_lightning.checkpoints import epoch_sums
+from lightrft_lightning.checkpoints import claim, epoch_sums
 from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
 
 BATCH_END, AFTER_VALIDATION = "batch end", "after validation"
@@ -126,6 +127,12 @@ class EpochLoop(_TrainingEpochLoop):
     """What the checkpoint's hook had interrupted."""
     resumed = False
     """Whether the counters are those of a checkpoint, until the epoch has begun."""
+    steps_before = -1
+    """Optimizer steps of the run before this batch."""
+    saving_late = False
+    """A checkpoint is being written between the hooks of a batch and what comes after it."""
+    idle: dict[int, int] = {}
+    """By `id` of a ModelCheckpoint: batches without an optimizer step since it saved."""
     seeds: dict[str, Any] | None = None
     """The random state from which the order of this epoch was drawn, where a data loader does not know its position."""
 
@@ -155,10 +162,52 @@ class EpochLoop(_TrainingEpochLoop):
     @override
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if not self.left:
+            self.steps_before = self.global_step
             super().advance(data_fetcher)
+            if not self.trainer.lightning_module.automatic_optimization:
+                self._save_where_due()
             return
         left, self.left = self.left, ""  # `on_advance_end` comes next and does it
         self._skip_next_val = left == AFTER_VALIDATION
+
+    def note_progress(self) -> None:
+        """Let callbacks save a batch without an optimizer step too, as `ModelCheckpoint` takes it for nothing new."""
+        if self.global_step != self.steps_before:
+            return
+        for callback in _model_checkpoints(self.trainer):
+            self.idle[id(callback)] = batches = self.idle.get(id(callback), 0) + 1
+            if batches >= callback._every_n_train_steps:
+                callback._last_global_step_saved = -1
+
+    def _save_where_due(self) -> None:
+        """Let callbacks save that count steps where there are none, or time, which Lightning's do not do by themselves.
+
+        They do it only where Lightning optimizes.
+        """
+        trainer = self.trainer
+        for callback in _model_checkpoints(trainer):
+            steps, seconds = callback._every_n_train_steps, callback._train_time_interval
+            due = idle = steps >= 1 and self.idle.get(id(callback), 0) >= steps
+            if seconds is not None:
+                passed = time.monotonic() - (callback._last_time_checked or 0.0) >= seconds.total_seconds()
+                due = trainer.strategy.broadcast(passed)
+            if due and not callback._should_skip_saving_checkpoint(trainer):
+                self._save_late(callback)
+            if callback._last_global_step_saved == self.global_step and (idle or self.global_step != self.steps_before):
+                self.idle[id(callback)] = 0
+
+    def _save_late(self, callback: ModelCheckpoint) -> None:
+        metrics = callback._monitor_candidates(self.trainer)
+        if callback.monitor is not None and callback.monitor not in metrics:
+            callback._defer_save_until_validation = True
+            return
+        self.saving_late = True
+        try:
+            callback._save_topk_checkpoint(self.trainer, metrics)
+            callback._save_last_checkpoint(self.trainer, metrics)
+        finally:
+            self.saving_late = False
+        callback._last_time_checked = time.monotonic()
 
 
 class FitLoop(_FitLoop):
@@ -197,6 +246,12 @@ class FitLoop(_FitLoop):
                 vars(progress).update(processed=progress.ready, completed=progress.ready)
         return skipped
 
+    @override
+    def run(self) -> None:
+        strategy: Any = self.trainer.strategy
+        with claim.claimed(self.trainer, strategy._join_ranks()):
+            super().run()
+
     # ---------------------------------------------------------------- saving
 
     @override
@@ -207,8 +262,10 @@ class FitLoop(_FitLoop):
         if here.under_way and loader is not None:
             state["combined_loader"] = [_before_batch(one) for one in loader.flattened if isinstance(one, _Stateful)]
         hook = trainer.lightning_module._current_fx_name if trainer.lightning_module is not None else None
+        validated = hook == "on_validation_end"
+        left = (AFTER_VALIDATION if validated else BATCH_END) if trainer.validating else ""
         state[_KEY] = {
-            "left": "" if not trainer.validating else AFTER_VALIDATION if hook == "on_validation_end" else BATCH_END,
+            "left": BATCH_END if self.epoch_loop.saving_late else left,
             "is_last": loader is not None and self.epoch_loop._num_ready_batches_reached(),
             "reloaded": self._last_train_dl_reload_epoch,
             "metrics": {name: _numbers(getattr(trainer, name)) for name in _METRICS},
@@ -256,6 +313,7 @@ class FitLoop(_FitLoop):
     def reset(self) -> None:
         super().reset()
         epoch_loop = self.epoch_loop
+        epoch_loop.idle = {}
         epoch_loop.seeds = {"iter": self._seeds, "batch": None} if self.forgetful else None
         if self.position is None:
             return

@@ -247,6 +247,14 @@ class Checkpoints:
         if model._trainer is not None:
             loops.install(model.trainer)
 
+    def post_training_step(self) -> None:
+        """Lightning's hook between a training step and the callbacks."""
+        module = self.lightning_module
+        if module is not None and module._trainer is not None and not module.automatic_optimization:
+            loop = module.trainer.fit_loop.epoch_loop
+            if isinstance(loop, loops.EpochLoop):
+                loop.note_progress()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What goes into ``checkpoint["state_dict"]``: tensors, or `FlatTensor` where no rank has them whole."""
         assert self.lightning_module is not None

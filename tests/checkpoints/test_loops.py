@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from datetime import timedelta
 
 import lightning.pytorch as pl
 import pytest
@@ -89,3 +90,47 @@ def test_half_an_epoch_goes_on_with_another_batch_size(tmp_path):
         ).fit(Half("resumable"), ckpt_path=path)  # fmt: skip
     assert [len(batch) for batch in seen] == [4, 4, 2, 2, 2, 2]
     assert sorted(x for batch in seen for x in batch) == [float(i) for i in range(16)]
+
+
+class Idle(Toy):
+    """Manual optimization, with a step in the first batch alone."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx == 0:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved_at"),
+    [
+        ({}, [4, 8]),
+        ({"every_n_train_steps": 1}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"every_n_train_steps": 3}, [4, 7]),
+        ({"train_time_interval": timedelta(0)}, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_batches_without_an_optimizer_step_are_saved_too(tmp_path, settings, saved_at):
+    saved = []
+
+    class Save(ModelCheckpoint):
+        def _save_last_checkpoint(self, trainer, metrics):
+            super()._save_last_checkpoint(trainer, metrics)
+            saved.append(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def fit(epochs, **more):
+        trainer = pl.Trainer(
+            strategy="lightrft_fake", accelerator="cpu", max_epochs=epochs, logger=False, limit_val_batches=0,
+            callbacks=[Save(tmp_path, save_last=True, **settings)], enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Idle("resumable"), **more)
+        return trainer
+
+    fit(2)
+    assert saved == saved_at
+    saved.clear()
+    assert fit(3, ckpt_path=tmp_path / "last.ckpt").fit_loop.epoch_loop.batch_progress.total.completed == 12
+    assert saved[-1] == {8: 12, 7: 10}[saved_at[-1]]
