@@ -376,14 +376,14 @@ class Checkpoints:
             self._set_scaler_state(module, training["scaler"])
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint, once the one that is being written is complete."""
+        """Remove a checkpoint, once the one that is being written is complete; what is none stays, with a warning."""
         if self.global_rank != 0:
             return
         path = _local(filepath)
         if self._background is not None and self._background.busy:
-            self._background.submit(lambda: folder.remove_checkpoint(path))
+            self._background.submit(lambda: _remove(path))
         else:
-            folder.remove_checkpoint(path)
+            _remove(path)
 
     def teardown(self) -> None:
         """Lightning's hook at the end of a run."""
@@ -518,6 +518,14 @@ def _loop_states(stored: Stored, shared: Mapping[str, Any]) -> tuple[StoredState
     """Weights and optimizer state of a checkpoint, under the names that they have in the model."""
     weights = trainer_state.tensors_under("model.", stored, shared.get("model", {}))
     return weights, trainer_state.tensors_under("optimizer.", stored, shared.get("optimizer", {}).get("scalars", {}))
+
+
+def _remove(path: Path) -> None:
+    """The name may come from a checkpoint that somebody else has written: ModelCheckpoint keeps its list there."""
+    if path.exists() and not folder.is_checkpoint(path) and not (path.is_file() and path.suffix == ".ckpt"):
+        log.warning("%s is to be removed as an old checkpoint, but is none: it stays", path)
+    else:
+        folder.remove_checkpoint(path)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

@@ -363,3 +363,13 @@ def test_loss_scale(tmp_path):
     second.prepare((other, second.create_optimizer(other)))
     second.load_ckpt(other, tmp_path)
     assert second._models[other].scaler.get_scale() == 2**15
+
+
+def test_a_checkpoint_that_lists_other_folders_as_its_predecessors_removes_none_of_them(tmp_path, caplog):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious").touch()
+    FakeStrategy().remove_checkpoint(tmp_path / "runs" / ".." / "data")
+    assert (tmp_path / "data" / "precious").exists()
+    (tmp_path / "runs").mkdir()
+    FakeStrategy().remove_checkpoint(tmp_path / "runs" / ".." / "data")
+    assert (tmp_path / "data" / "precious").exists() and "but is none: it stays" in caplog.text
