@@ -129,6 +129,7 @@ class TransformersCopy(EngineWithCopy):
         self._model.to(self._device).requires_grad_(False)
         self.tokenizer = load_tokenizer(folder)
         self._generator.connect(self._model, self.tokenizer)
+        self._generator.settle()  # not in the time of the first call
         for module in (self._model, *decoder_layers(self._model)):  # a prompt alone may take long
             module.register_forward_pre_hook(self._check_call)
 
