@@ -10,7 +10,7 @@ from lightrft_lightning import SamplingParams, TransformersRollout
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.logprobs import completion_logprobs
-from lightrft_lightning.models.outputs import ignored_outputs, plain_outputs
+from lightrft_lightning.models.outputs import plain_outputs, tell_ignored_outputs
 from lightrft_lightning.models.scalar import completion_scores, with_scalar_head
 from lightrft_lightning.models.tiny import char_tokenizer
 
@@ -70,8 +70,10 @@ def test_they_are_put_back_after_an_error_and_under_any_kernel():
     assert model.config.output_attentions and model.config.output_hidden_states
 
 
-def test_a_loss_that_is_not_computed_is_named():
+def test_a_loss_that_is_not_computed_is_named(caplog):
     model = random_model(config_of("mixtral"))
-    assert ignored_outputs(model) is None
+    tell_ignored_outputs(model)
+    assert not caplog.records
     model.config.output_router_logits = True
-    assert "output_router_logits=True: the router's auxiliary loss is not part" in ignored_outputs(model)
+    tell_ignored_outputs(model)
+    assert "output_router_logits=True: the router's auxiliary loss is not part of the loss here" in caplog.text
