@@ -70,7 +70,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+        # Not `module.weight`, which PEFT's wrappers compute.
+        if getattr(module._parameters.get("weight"), "quant_state", None) is not None:
             yield name, module
 
 
