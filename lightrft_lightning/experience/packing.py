@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ _PADDING, _BEYOND = -1, -2
 """`PackedBatch.piece` of padding, and of what fills the last block of a block mask."""
 _BLOCK = 128
 """Tokens of a block on either side, as in all of torch's own block masks."""
+
+
+class Window(NamedTuple):
+    """How far back a layer looks.
+
+    Attributes:
+        size: of the window, in tokens.
+        chunked: a token sees those of its own chunk of `size` positions, in place of the `size` latest ones.
+    """
+
+    size: int
+    chunked: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,16 @@ class PackedBatch:
         """Tokens in the rows without padding; ``input_ids.numel()`` counts the padding too."""
         return int((self.piece != _PADDING).sum())
 
-    def attention_mask(self, dtype: torch.dtype, implementation: str) -> Tensor | BlockMask:
+    def attention_mask(
+        self, dtype: torch.dtype, implementation: str, window: Window | None = None
+    ) -> Tensor | BlockMask:
         """What a Hugging Face model takes as ``attention_mask``, built on the batch's device at every call.
 
         Args:
             dtype: the model's, for the additive mask.
             implementation: the model's ``config._attn_implementation``.
+            window: of the layers that the mask is for, with shared prompts; None: they see everything before. Rows of
+                one completion each get theirs from the model itself.
 
         Returns:
             One completion a row: the usual ``[B, L]`` mask. Shared prompts: ``[B, 1, L, L]``, additive, or bool for
@@ -100,13 +116,13 @@ class PackedBatch:
         if not self.shared:
             return (self.piece != _PADDING).long()
         if implementation == "flex_attention":
-            return _block_mask(self.piece, self.branch)
+            return _block_mask(self.piece, self.branch, self.position_ids, window)
         if implementation not in ("sdpa", "eager"):
             raise ValueError(
                 f"attn_implementation={implementation!r} takes no mask for shared prompts. Load the model with "
                 "attn_implementation='sdpa', or pack with share_prompts=False"
             )
-        visible = self.visible()
+        visible = self.visible(window)
         if implementation == "sdpa":
             if visible.device.type != "cpu":
                 return visible  # a kernel there may take no other dtype than the queries', which autocast decides
@@ -114,14 +130,17 @@ class PackedBatch:
             dtype = torch.promote_types(dtype, torch.float32)
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
 
-    def visible(self) -> Tensor:
-        """``[B, 1, L, L]`` bool, whether the token in the row sees that in the column.
+    def visible(self, window: Window | None = None) -> Tensor:
+        """``[B, 1, L, L]`` bool, whether the token in the row sees that in the column, within `window`.
 
         Padding attends to padding, so that no row of the softmax is empty (NaN).
         """
         same_piece = self.piece[:, :, None] == self.piece[:, None, :]
         seen = (self.branch[:, None, :] == PROMPT) | (self.branch[:, :, None] == self.branch[:, None, :])
-        return (same_piece & seen).tril_()[:, None]
+        seen = (same_piece & seen).tril_()
+        if window is not None:
+            seen &= _near(self.position_ids[:, :, None], self.position_ids[:, None, :], window)
+        return seen[:, None]
 
     def ends(self) -> tuple[Tensor, Tensor, Tensor]:
         """Row and column of the last token of each trajectory in the batch, and which one it is; each ``[T]``."""
@@ -307,7 +326,12 @@ def _build(trajectories: Sequence[Trajectory], rows: list[list[list[int]]], shar
     )
 
 
-def _block_mask(piece: Tensor, branch: Tensor) -> BlockMask:
+def _near(query: Tensor, key: Tensor, window: Window) -> Tensor:
+    """Whether the positions `query` are in reach of those of the keys before them."""
+    return query // window.size == key // window.size if window.chunked else query - key < window.size
+
+
+def _block_mask(piece: Tensor, branch: Tensor, position: Tensor, window: Window | None) -> BlockMask:
     """The mask of rows ``[B, L]`` by blocks; what is computed on the way has no L × L entries.
 
     Torch's own `create_block_mask` makes the dense mask first, unless it is compiled.
@@ -319,10 +343,12 @@ def _block_mask(piece: Tensor, branch: Tensor) -> BlockMask:
     beyond = blocks * _BLOCK - length
     piece_BL = torch.nn.functional.pad(piece, (0, beyond), value=_BEYOND)
     branch_BL = torch.nn.functional.pad(branch, (0, beyond), value=PROMPT)
+    position_BL = torch.nn.functional.pad(position, (0, beyond))
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same_branch = (branch_BL[b, k] == PROMPT) | (branch_BL[b, q] == branch_BL[b, k])
-        return (k <= q) & (piece_BL[b, q] == piece_BL[b, k]) & same_branch
+        seen = (k <= q) & (piece_BL[b, q] == piece_BL[b, k]) & same_branch
+        return seen if window is None else seen & _near(position_BL[b, q], position_BL[b, k], window)
 
     # All tokens of a segment (a prompt, a completion, padding) see the same segments, so look at pairs of these.
     kinds = int(branch.max()) - PROMPT + 1
@@ -333,6 +359,8 @@ def _block_mask(piece: Tensor, branch: Tensor) -> BlockMask:
     present_BKS = torch.zeros(rows, blocks, len(segments), device=piece.device)
     present_BKS.scatter_(2, segment_BL.view(rows, blocks, _BLOCK), 1.0)
     some_BKK, not_all_BKK = (present_BKS @ pairs.float() @ present_BKS.mT > 0 for pairs in (sees_SS, ~sees_SS))
+    if window is not None:  # which pairs of a block are near is left to `visible`
+        not_all_BKK = torch.ones_like(not_all_BKK)
     every_KK = torch.ones(blocks, blocks, dtype=torch.bool, device=piece.device)
     earlier_KK, same_KK = every_KK.tril(-1), every_KK.tril() & every_KK.triu()
     return BlockMask.from_kv_blocks(

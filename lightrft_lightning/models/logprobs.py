@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.models.outputs import plain_outputs
+from lightrft_lightning.models.rope import of_its_own_length
+from lightrft_lightning.models.windows import MASKED_KINDS, shared_prompt_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,20 +86,23 @@ def completion_logprobs(
     check_layout(causal_lm, batch)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("a prompt-learning adapter adds tokens that packed rows do not have; use LoRA or the like")
-    backbone, own_forward = causal_lm.base_model, causal_lm.forward
+    backbone, own_forward = backbone_of(causal_lm), causal_lm.forward
     chunk = chunk_size or min(512, max(1, _CHUNK_LOGITS // causal_lm.config.get_text_config().vocab_size))
 
     def forward(**inputs: Any) -> LogProbs:
         output_head, gradient = causal_lm.get_output_embeddings(), _WeightGradient()
         head_forward = _summing_forward(output_head, gradient)
-        output = backbone(**{name: value for name, value in inputs.items() if value is not None})
+        with of_its_own_length(causal_lm, batch):
+            output = backbone(**{name: value for name, value in inputs.items() if value is not None})
 
         def head(hidden_NH: Tensor) -> Tensor:
             # The other fields (a mixture of experts' router logits) stay, because the model's forward may read them.
             rest = {**output, "last_hidden_state": hidden_NH[None]}
-            given = replaced_forward(backbone, lambda *args, **kwargs: type(output)(**rest))
-            # Also here, as the backward pass runs it again.
-            with given, replaced_forward(output_head, head_forward), plain_outputs(causal_lm):
+            with contextlib.ExitStack() as replaced:
+                for module in (backbone, *_within(backbone)):
+                    replaced.enter_context(replaced_forward(module, lambda *args, **kwargs: type(output)(**rest)))
+                replaced.enter_context(replaced_forward(output_head, head_forward))
+                replaced.enter_context(plain_outputs(causal_lm))  # also here, as the backward pass runs it again
                 return own_forward().logits[0]
 
         hidden_NH = output.last_hidden_state[batch.row, batch.column]
@@ -106,12 +111,18 @@ def completion_logprobs(
         scored = _chunked(head, hidden_NH, batch.target, temperature, chunks, entropy, greedy)
         return scored._replace(hidden=hidden_NH) if hidden else scored
 
-    inputs = {"input_ids": batch.input_ids, "use_cache": False}
-    inputs["attention_mask"] = batch.attention_mask(causal_lm.dtype, causal_lm.config._attn_implementation)
-    if batch.shared:  # right-padded rows have the positions that every model assumes by itself
-        inputs["position_ids"] = batch.position_ids
+    inputs = {"input_ids": batch.input_ids, "use_cache": False, **layout_inputs(causal_lm, batch)}
     with replaced_forward(causal_lm, forward), plain_outputs(causal_lm):
         return model(**inputs)
+
+
+def layout_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """What tells a Hugging Face model how `batch` is laid out: ``attention_mask``, and ``position_ids`` if need be."""
+    implementation = model.config._attn_implementation
+    if not batch.shared:  # right-padded rows have the positions that every model assumes by itself
+        return {"attention_mask": batch.attention_mask(model.dtype, implementation)}
+    masks = shared_prompt_masks(model.config.get_text_config(), batch, model.dtype, implementation)
+    return {"attention_mask": masks, "position_ids": batch.position_ids}
 
 
 def find_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -120,54 +131,72 @@ def find_causal_lm(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: there is none.
     """
-    found = _pretrained_part(model)
-    if found is None or found.base_model is found or found.get_output_embeddings() is None:
+    pretrained = import_extra("transformers", "hf").PreTrainedModel
+    found = next((module for module in model.modules() if isinstance(module, pretrained)), None)
+    if found is None or backbone_of(found) is found or found.get_output_embeddings() is None:
         raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face causal language model")
     return found
 
 
-def _pretrained_part(model: nn.Module) -> PreTrainedModel | None:
+def backbone_of(model: Any) -> Any:
+    """The part of a Hugging Face model below its head; the model itself if there is none."""
+    if model.base_model is not model:
+        return model.base_model
+    inner = getattr(model, "model", None)  # Llama 4's text model does not say so
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _within(backbone: nn.Module) -> tuple[nn.Module, ...]:
+    """What the model with the head may call in place of its backbone (OPT, BART)."""
+    decoder = getattr(backbone, "decoder", None)
+    return (decoder,) if isinstance(decoder, nn.Module) else ()
+
+
+def pretrained_part(model: nn.Module) -> PreTrainedModel:
+    """The outermost Hugging Face model that `model` is or wraps.
+
+    Raises:
+        TypeError: there is none.
+    """
     pretrained = import_extra("transformers", "hf").PreTrainedModel
-    return next((module for module in model.modules() if isinstance(module, pretrained)), None)
+    for module in model.modules():
+        if isinstance(module, pretrained):
+            return module
+    raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face model")
 
 
-def shared_prompt_problem(model: nn.Module) -> str | None:
-    """Why `model` cannot score completions that share a prompt within a row, or None if it can.
+def shared_prompt_problem(model: nn.Module, row: int = 0) -> str | None:
+    """Why `model` cannot score completions that share a prompt within a row of so many tokens, or None if it can.
 
     Ask once, when the model is known, and pack with ``share_prompts=False`` if there is a problem.
     """
-    inner = _pretrained_part(model)
-    if inner is None:
-        raise TypeError(f"{type(model).__name__} is not, and contains no, Hugging Face model")
+    inner = pretrained_part(model)
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     name = type(inner).__name__
     if inner.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         return f"attn_implementation={inner.config._attn_implementation!r} takes no mask for that; use 'sdpa'"
-    if getattr(inner, "_is_stateful", False) or not kinds <= {
-        "full_attention",
-        "sliding_attention",
-        "chunked_attention",
-    }:
+    if getattr(inner, "_is_stateful", False) or not kinds <= MASKED_KINDS:
         return f"{name} has recurrent layers, which read a row from left to right and ignore the mask"
-    if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
+    if not _takes_positions(inner):
         return f"{name} takes no position ids, so those of a second completion would be wrong"
+    if getattr(config, "alibi", False):
+        return f"{name} has alibi=True, a bias by the distance of tokens in the row"
+    scale = getattr(config, "floor_scale", 0) if getattr(config, "attn_temperature_tuning", False) else 0
+    if 0 < scale < row:
+        return f"{name} has attn_temperature_tuning, a factor for tokens beyond place floor_scale={scale} of the row"
     return None
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(backbone_of(model).forward).parameters
 
 
 def check_layout(model: PreTrainedModel, batch: PackedBatch) -> None:
     """Raise ValueError if `batch` shares prompts and `model` cannot take that."""
-    fix = "; pack with share_prompts=False"
-    if not batch.shared:
-        return
-    if (problem := shared_prompt_problem(model)) is not None:
-        raise ValueError(problem + fix)
-    config = model.config.get_text_config()
-    for name in ("sliding_window", "attention_chunk_size"):
-        window = getattr(config, name, None)
-        # The mask replaces the model's own, so a window would be ignored without a word.
-        if window is not None and int(batch.position_ids.max()) >= window:
-            raise ValueError(f"the model attends to {name}={window} tokens, which is shorter than a completion" + fix)
+    problem = shared_prompt_problem(model, batch.input_ids.shape[1]) if batch.shared else None
+    if problem is not None:
+        raise ValueError(f"{problem}; pack with share_prompts=False")
 
 
 def _equally_many(causal_lm: PreTrainedModel, chunks: int) -> int:
@@ -312,7 +341,7 @@ class _SummingLinear(torch.autograd.Function):
         return grad @ weight_VH, ctx.gradient.add(grad_CV, hidden.flatten(0, -2)), of_bias, None
 
 
-@contextmanager
+@contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` runs `forward` in place of its own; its hooks stay."""
     before = module.__dict__.get("forward")

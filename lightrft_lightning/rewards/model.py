@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightrft_lightning.data import template_columns
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.loading import Source, load_tokenizer
-from lightrft_lightning.models.logprobs import replaced_forward
+from lightrft_lightning.models.logprobs import backbone_of, replaced_forward
 from lightrft_lightning.models.scalar import load_scalar_model, scalar_head
 from lightrft_lightning.rewards._calls import Outcome, checked_value, guarded
 from lightrft_lightning.rewards._spec import REWARDS
@@ -161,7 +161,7 @@ class RewardModel:
         ids = [torch.tensor(row) for row in rows]
         pad: Callable[..., Tensor] = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         input_ids, mask = pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
-        backbone, head = model.base_model, scalar_head(model)
+        backbone, head = backbone_of(model), scalar_head(model)
 
         def forward(**inputs: Any) -> Tensor:
             hidden = backbone(**inputs).last_hidden_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,32 +12,41 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensors import LargestTensor, NewTensors
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
 )
 
 from lightrft_lightning.experience.packing import pack, unpack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.models.attention import use_kernel
 from lightrft_lightning.models.logprobs import completion_logprobs, find_causal_lm, shared_prompt_problem
+from lightrft_lightning.models.rope import length_limit
 
 VOCAB = 61
 
@@ -96,6 +106,9 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "cohere (logit_scale)": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
     "granite (logits_scaling)": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
+    "opt (head behind a decoder)": lambda: OPTForCausalLM(
+        OPTConfig(**{**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0, "pad_token_id": 1})
+    ),
     "mixtral (experts)": lambda: MixtralForCausalLM(
         MixtralConfig(**SMALL, num_local_experts=4, output_router_logits=True)
     ),
@@ -368,10 +381,58 @@ def test_most_models_can_share_prompts() -> None:
     assert [shared_prompt_problem(build()) for build in ARCHITECTURES.values()] == [None] * len(ARCHITECTURES)
 
 
-def test_a_sliding_window_shorter_than_a_sequence_is_refused() -> None:
-    """A dense mask replaces the model's own, so the window would be ignored."""
+WINDOWS: dict[str, PretrainedConfig] = {
+    "of every layer": MistralConfig(**SMALL, sliding_window=3),
+    "of some layers": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "in chunks": Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=3
+    ),
+    "switched off": Qwen2MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
+    "that no layer has": Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=3, max_window_layers=2),
+}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_is_as_far_with_a_shared_prompt_as_without(window: str, kernel: str, flex_on_cpu: None) -> None:
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)).eval()
-    with pytest.raises(ValueError, match="sliding_window=4"):
+    model = AutoModelForCausalLM.from_config(WINDOWS[window], attn_implementation="eager").eval()
+    expected = naive(model)
+    use_kernel(model, kernel)
+    for share_prompts in (True, False)[: 1 if kernel == "flex_attention" else 2]:
+        torch.testing.assert_close(ours(model, share_prompts), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_positions_by_the_length_of_a_text_do_not_depend_on_other_texts(rope_type: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 6}
+    rope = {"rope_type": rope_type, "rope_theta": 100.0, **(factors if rope_type == "longrope" else {"factor": 4.0})}
+    longest = 64 if rope_type == "longrope" else 6
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL, max_position_embeddings=longest, rope_parameters=rope)
+    ).eval()
+    expected = torch.cat([naive(copy.deepcopy(model), trajectories=[t]) for t in TRAJECTORIES])
+    for _ in range(2):  # what dynamic positions remember of a pass
+        torch.testing.assert_close(ours(model, share_prompts=False), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"shorter and longer than 6 tokens.*{rope_type}.*share_prompts=False"):
+        ours(model)
+    assert length_limit(model.config) == (6, rope_type)
+
+
+def test_a_factor_by_the_place_in_the_row_is_refused_for_long_rows() -> None:
+    config = Llama4TextConfig(**SMALL, head_dim=8, intermediate_size_mlp=64, num_local_experts=2, floor_scale=9)
+    model = AutoModelForCausalLM.from_config(config)
+    assert shared_prompt_problem(model, 9) is None
+    with pytest.raises(ValueError, match=r"floor_scale=9.*share_prompts=False"):
+        ours(model)
+
+
+def test_a_bias_by_distance_in_the_row_is_refused() -> None:
+    sizes = {name: SMALL[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model = AutoModelForCausalLM.from_config(FalconConfig(**sizes, alibi=True)).eval()
+    with pytest.raises(ValueError, match=r"alibi=True.*share_prompts=False"):
         ours(model)
     torch.testing.assert_close(ours(model, share_prompts=False), naive(model), atol=1e-5, rtol=1e-5)
