@@ -31,6 +31,8 @@ class Sampled:
     report: RewardReport
     seconds: dict[str, float]
     resampled: int = 0
+    optimizer_steps: int | None = None
+    """That had been made when the sampling began; None if it was in a run before."""
 
     def add(self, other: Sampled) -> None:
         self.trajectories = self.trajectories + other.trajectories
@@ -61,7 +63,7 @@ class Ahead:
         numbers: Sequence[int],
         trajectories: Callable[[Prompt, Sequence[Completion], int], list[Trajectory]],
     ) -> None:
-        self._start = time.perf_counter()
+        self._start, self._steps = time.perf_counter(), strategy.optimizer_steps
         self._generated = self._start
         self._groups: dict[int, list[Trajectory]] = {}
         self._count = len(prompts)
@@ -90,7 +92,8 @@ class Ahead:
         trajectories = [t for i in range(self._count) for t in self._groups[i]]
         now = time.perf_counter()
         seconds = (self._generated - self._start, now - max(start, self._generated), now - start)
-        return Sampled(trajectories, report, dict(zip(_SECONDS, seconds, strict=True)))
+        timing = dict(zip(_SECONDS, seconds, strict=True))
+        return Sampled(trajectories, report, timing, optimizer_steps=self._steps)
 
     def give_up(self) -> None:
         """Score nothing more; the engine ends the rest when it is closed."""

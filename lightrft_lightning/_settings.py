@@ -75,6 +75,7 @@ class Settings(pl.LightningModule):
     offload: str
     gradient_checkpointing: bool
     compile_layers: bool
+    check_numerics: bool
     pass_threshold: float
     max_turns: int | None
     max_length: int | None
@@ -238,6 +239,6 @@ class Settings(pl.LightningModule):
             "advantage_norm", "advantage_clip", "lr", "weight_decay", "lr_schedule", "warmup_ratio",
             "epochs_per_rollout", "steps_per_epoch", "token_budget", "share_prompts", "attn_implementation",
             "lora", "quantization", "offload", "gradient_checkpointing", "pass_threshold", "max_turns", "max_length",
-            "seed",
+            "check_numerics", "seed",
         )  # fmt: skip
         self.save_hyperparameters({**plain, **{name: getattr(self, name) for name in names}, **more})

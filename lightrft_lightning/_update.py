@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightrft_lightning import algorithms
+from lightrft_lightning._sampling import Sampled
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning._settings import Settings
 from lightrft_lightning.algorithms.advantages import global_moments
@@ -31,20 +32,15 @@ from lightrft_lightning.experience.balance import (
 from lightrft_lightning.experience.packing import PackedBatch, pack, unpack
 from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.metrics import combine_passes, mean_over_steps
-from lightrft_lightning.models.attention import (
-    FLEX,
-    TOLERANCES,
-    flex_difference,
-    flex_problem,
-    prefers_flex,
-    use_kernel,
-)
+from lightrft_lightning.models.attention import use_kernel
 from lightrft_lightning.models.layers import evaluating, randomness
 from lightrft_lightning.models.logprobs import (
     completion_logprobs,
     find_causal_lm,
+    pretrained_part,
     shared_prompt_problem,
 )
+from lightrft_lightning.models.proof import least_exact, proof_of_run, some_of, untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +64,9 @@ class Update(Settings):
     reward_moments: algorithms.RunningMoments
     iteration: int
     """How many are done."""
+    rollout_engine: Any
+    """The Trainer's rollout callback."""
+    _rollout_is_proven: bool
     last_trajectories: list[Trajectory]
     """What the latest rollout produced, for callbacks that show it."""
 
@@ -278,9 +277,13 @@ class Update(Settings):
 
     def _temperature(self, batch: PackedBatch) -> float | Tensor:
         """What the policy tokens of `batch` were drawn at."""
+        return self._temperature_at(batch.position)
+
+    def _temperature_at(self, place: Tensor) -> float | Tensor:
+        """What tokens at these places of their completions are drawn at."""
         if self.first_token_temperature is None:
             return self.sampling.temperature
-        return torch.where(batch.position == 0, self.first_token_temperature, self.sampling.temperature)
+        return torch.where(place == 0, self.first_token_temperature, self.sampling.temperature)
 
     def _values(self, batch: PackedBatch) -> Tensor:
         """``[N]`` what the critic says; no gradient goes into a trunk that it shares."""
@@ -344,7 +347,7 @@ class Update(Settings):
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return next((s for s in schedulers if s.optimizer is raw), None)
 
-    # ---------------------------------------------------------------- the attention kernel
+    # ---------------------------------------------------------------- proofs
 
     def _say_what_is_off(self) -> None:
         found: dict[str, float] = {}
@@ -357,45 +360,52 @@ class Update(Settings):
                 "(on in SFTModule)"
             )
 
-    def _settle_attention(self) -> None:
-        """Take ``flex_attention`` if it is named or, by ``auto``, to be preferred, and if it computes the right thing.
+    def _prove_layout(self, longest: int) -> None:
+        """Give the models a kernel under which they compute the right thing; see `models.proof`.
 
         All ranks together, once the strategy has prepared the models.
-        """
-        if not self.share_prompts:
-            return
-        actor, device = find_causal_lm(self.actor), self.strategy.root_device  # type: ignore[arg-type]
-        if (problem := shared_prompt_problem(actor)) is not None:
-            raise ValueError(f"{problem}; or set share_prompts=False")
-        kernel = actor.config._attn_implementation
-        chosen = self.attn_implementation == "auto" and kernel == "sdpa" and prefers_flex(actor, device)
-        if kernel != FLEX and not chosen:
-            return
-        problem = flex_problem(actor, device) or self._flex_mistake(device)
-        if problem is not None and not chosen:
-            raise RuntimeError(f"attn_implementation='flex_attention': {problem}; take 'sdpa'")
-        if problem is not None:
-            log.warning("attn_implementation='auto' takes 'sdpa', not 'flex_attention': %s", problem)
-            use_kernel(actor, "sdpa")
-            return
-        for model in (actor, self.reference, self.critic):
-            config = getattr(model, "config", None)
-            # Those of the same type have the same layers, so what holds for the policy's holds for theirs.
-            if config is not None and config.model_type == actor.config.model_type:
-                config._attn_implementation = FLEX
 
-    def _flex_mistake(self, device: torch.device) -> str | None:
-        """What is wrong with the policy's log-probabilities under ``flex_attention``, on any rank."""
-        error = ""
-        try:
-            difference = flex_difference(self.actor, device)
-        except RuntimeError as err:  # of the compiler
-            difference, error = math.inf, f"it does not run here ({type(err).__name__}: {err})"
-        most = self.strategy.all_reduce(difference, op="max")
-        allowed = max(TOLERANCES.get(dtype, 0.0) for dtype in (self.strategy.compute_dtype, self.actor.dtype))  # type: ignore[union-attr]
-        if most <= allowed:
-            return None
-        return error or f"its log-probabilities are off by {most:.2g} nats, allowed are {allowed:g}"
+        Args:
+            longest: tokens of a prompt with its completion, at most.
+
+        Raises:
+            ValueError: a model cannot take shared prompts.
+            RuntimeError: what training would compute is wrong.
+        """
+        actor: Any = find_causal_lm(self.actor)  # type: ignore[arg-type]
+        critic = None if self._shares_trunk else self.critic
+        for model in (actor, critic) if self.share_prompts else ():
+            problem = None if model is None else shared_prompt_problem(model, self.token_budget)
+            if problem is not None:
+                raise ValueError(f"{problem}; set share_prompts=False")
+        prompts = [p.token_ids for p in getattr(self.trainer.datamodule, "train_prompts", None) or ()]  # type: ignore[attr-defined]
+        proof = proof_of_run(self, actor, prompts, longest, self.sampling.max_new_tokens, self._temperature_at)
+        named = None if self.attn_implementation == "auto" else self.attn_implementation
+        kernel = proof.settle(self.actor, "the policy", named)
+        for model, what in ((self.reference, "the reference model"), (critic, "the critic")):
+            same = model is not None and pretrained_part(model).config.model_type == actor.config.model_type
+            if same and what == "the reference model":
+                use_kernel(model, kernel)  # a copy of the policy
+            elif model is not None:
+                proof.settle(model, what, prefer=kernel if same else None)
+        for model in self.reward_models:  # type: ignore[union-attr]
+            its_own = proof_of_run(self, model, (), longest, self.sampling.max_new_tokens)  # and its own tokens
+            replace(its_own, share_prompts=False).settle(model, "the reward model")
+
+    def _prove_rollout(self, sampled: Sampled) -> None:
+        """Compare the first rollout's log-probabilities with the trainer's, of some of its samples. All ranks together.
+
+        Raises:
+            DriftError: they are too far apart, on any rank.
+        """
+        # What was sampled before an optimizer step differs as it should; then a later rollout is compared, if any.
+        if self._rollout_is_proven or sampled.optimizer_steps != self.strategy.optimizer_steps:
+            return
+        self._rollout_is_proven = True
+        some = [replace(t) for t in some_of(sampled.trajectories, self.device)]
+        with untouched(self.actor):
+            self._fill(some, ("old_logprobs",), partial(self._logprobs, self.actor, False))
+        self.rollout_engine.check_first_samples(some, least_exact(self.actor, self.strategy))
 
     # ---------------------------------------------------------------- parts of the update
 

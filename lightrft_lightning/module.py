@@ -43,6 +43,7 @@ from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters, trained_values
 from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
+from lightrft_lightning.models.rope import length_limits
 from lightrft_lightning.models.tokens import check_data_ids
 from lightrft_lightning.rewards import Rewards
 from lightrft_lightning.rewards.watch import RewardWatch
@@ -134,6 +135,8 @@ class RLHFModule(Update):
             which computes them a second time: less memory, a third more work.
         compile: `torch.compile` these layers for training and scoring passes; generation stays as it is. The first pass
             takes longer. Not with ZeRO-3.
+        check_numerics: prove at the start of a fit that training computes what the model says, and at its first rollout
+            that the engine samples from it (docs/proof.md). A few passes; what is wrong is an error.
         pass_threshold: reward from which on a completion passes, for ``val/pass@k``; one whose reward failed does not.
         seed: fixes all sampling; default: Lightning's global seed.
         reward_deadline: seconds that one call of a reward function may take.
@@ -194,6 +197,7 @@ class RLHFModule(Update):
         offload: str = "none",
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        check_numerics: bool = True,
         pass_threshold: float = 1.0,
         seed: int | None = None,
         reward_deadline: float = 30.0,
@@ -255,6 +259,7 @@ class RLHFModule(Update):
         self.offload = offload
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile  # `compile` is a method of every module
+        self.check_numerics = check_numerics
         self.pass_threshold = pass_threshold
         self.max_turns, self.max_length = max_turns, max_length
         self.seed = global_seed() if seed is None else seed
@@ -287,6 +292,7 @@ class RLHFModule(Update):
         """Those of `rewards`, frozen; here, so that the strategy shards them."""
         self.critic: nn.Module | None = None
         self.iteration = 0
+        self._rollout_is_proven = True
         self.last_trajectories: list[Trajectory] = []
         self._ahead: Ahead | None = None
         """The rollout of the next iteration, as long as it goes on; and what came of it."""
@@ -318,6 +324,7 @@ class RLHFModule(Update):
             sampled = self._sample(batch)
             learnable = sampled.trajectories
         self.last_trajectories = sampled.trajectories
+        self._prove_rollout(sampled)
         usable = self.estimate_advantages(learnable)
         before = time.perf_counter()
         metrics = self.update(usable)
@@ -354,7 +361,7 @@ class RLHFModule(Update):
             report = scoring.finish()
         self._reward_watch.trained(report, self.iteration, self.strategy)
         seconds = {"rollout": generated - start, "rewards": time.perf_counter() - generated}
-        return Sampled(trajectories, report, seconds)
+        return Sampled(trajectories, report, seconds, optimizer_steps=self.strategy.optimizer_steps)
 
     def _refilled(self, sampled: Sampled, batch: Sequence[Prompt]) -> list[Trajectory]:
         """As many groups of unequal rewards as the batch has prompts: others are sampled until there are.
@@ -461,8 +468,8 @@ class RLHFModule(Update):
 
     def _longest(self) -> int:
         """Most tokens of a prompt with its completion."""
-        window = getattr(self.actor.config, "max_position_embeddings", None)  # type: ignore[union-attr]
-        return min(limit for limit in (self.max_length, self.token_budget, window) if limit is not None)
+        limits = (self.max_length, self.token_budget, *length_limits(self.actor.config).values())  # type: ignore[union-attr]
+        return min(limit for limit in limits if limit is not None)
 
     def _trajectories(self, prompt: Prompt, completions: Sequence[Completion], group: int) -> list[Trajectory]:
         return [
@@ -601,13 +608,13 @@ class RLHFModule(Update):
 
     @override
     def configure_model(self) -> None:
-        kernel = "" if self.attn_implementation == "auto" else self.attn_implementation
+        kernel = None if self.attn_implementation == "auto" else self.attn_implementation
         if self.actor is None:
             # Without a trainer this is `load_from_checkpoint`. Adapters have names that no folder has to stream from.
             alone = self._trainer is None
             with contextlib.nullcontext() if alone else self.strategy.init_model_context(meta_init=self.lora is None):
                 self.actor = load_model(
-                    self._source, attn_implementation=kernel or "sdpa", quantization=self.quantization
+                    self._source, attn_implementation=kernel, quantization=self.quantization
                 ).train()
         elif kernel:
             find_causal_lm(self.actor).set_attn_implementation(kernel)
@@ -649,7 +656,7 @@ class RLHFModule(Update):
         limits = {
             "token_budget": self.token_budget,
             "max_length": self.max_length,
-            "the model's max_position_embeddings": getattr(self.actor.config, "max_position_embeddings", None),  # type: ignore[union-attr]
+            **length_limits(self.actor.config),  # type: ignore[union-attr]
         }
         for name, limit in limits.items():
             if limit is not None and longest > limit:
@@ -664,7 +671,8 @@ class RLHFModule(Update):
             check_data_ids(name, getattr(data, f"{name}_prompts", None) or (), self.actor, self.tokenizer)
         tell_ignored_outputs(self.actor)  # type: ignore[arg-type]
         self.rewards.check_data(prompts or ())
-        self._settle_attention()
+        self._rollout_is_proven = not self.check_numerics
+        self._prove_layout(longest)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -24,9 +24,11 @@ from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
 from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
+from lightrft_lightning.models.logprobs import pretrained_part, shared_prompt_problem
 from lightrft_lightning.models.lora import add_lora, has_adapters
 from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
+from lightrft_lightning.models.proof import proof_of_run
 from lightrft_lightning.models.tokens import check_data_ids
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class SupervisedModule(pl.LightningModule):
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: write the texts of one row behind a single copy of their prompt; False for models that take no
             dense attention mask.
+        check_numerics: prove at the start of a fit that training computes what the model says (docs/proof.md).
 
     Raises:
         ValueError: a setting is out of range; before anything is loaded.
@@ -89,6 +92,7 @@ class SupervisedModule(pl.LightningModule):
         warmup_ratio: float = 0.0,
         token_budget: int = 8192,
         share_prompts: bool = True,
+        check_numerics: bool = True,
     ) -> None:
         super().__init__()
         if model is None:
@@ -97,6 +101,7 @@ class SupervisedModule(pl.LightningModule):
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
         self.token_budget, self.share_prompts = token_budget, share_prompts
+        self.check_numerics = check_numerics
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(unknown_name("lr_schedule", lr_schedule, LR_SCHEDULES))
         self._check("lr", lr >= 0, "0 or more")
@@ -115,7 +120,7 @@ class SupervisedModule(pl.LightningModule):
     def _save_hyperparameters(self, model: Any, **more: Any) -> None:
         """Plain values only, so that a checkpoint can be read with `weights_only=True`."""
         source = str(model) if isinstance(model, PathLike) else model if isinstance(model, str | Mapping) else None
-        names = ("lr", "weight_decay", "lr_schedule", "warmup_ratio", "token_budget", "share_prompts")
+        names = ("lr", "weight_decay", "lr_schedule", "warmup_ratio", "token_budget", "share_prompts", "check_numerics")
         self.save_hyperparameters({"model": source, **{name: getattr(self, name) for name in names}, **more})
 
     # ---------------------------------------------------------------- what a subclass says
@@ -294,6 +299,19 @@ class SupervisedModule(pl.LightningModule):
             self._checked(prompts)
             check_data_ids(name.removesuffix("_prompts"), prompts, self.model, self.tokenizer)
         tell_ignored_outputs(self.model)
+        self._prove_layout()
+
+    def _prove_layout(self) -> None:
+        """Give the model a kernel under which it computes the right thing; see `models.proof`."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        prompts = [p for p in getattr(data, "train_prompts", None) or () if p.completions]
+        longest = max((len(p.token_ids) + max(map(len, p.completions)) for p in prompts), default=self.token_budget)
+        new = max((max(map(len, p.completions)) for p in prompts), default=longest)
+        problem = shared_prompt_problem(self.model, self.token_budget) if self.share_prompts else None
+        if problem is not None:
+            raise ValueError(f"{problem}; set share_prompts=False")
+        inner = pretrained_part(self.model)
+        proof_of_run(self, inner, [p.token_ids for p in prompts], longest, new).settle(self.model, "the model")
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightrft_lightning.engines.base import EngineError, RolloutEngine
+from lightrft_lightning.experience.trajectory import Trajectory
 from lightrft_lightning.models.lora import check_policy
+from lightrft_lightning.models.proof import TOLERANCES, apart, least_exact_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,6 +139,36 @@ class RolloutCallback(Callback, RolloutEngine):
         # Samples of older weights differ as they should.
         if self.drift_warning is not None and not module.staleness and not mean <= self.drift_warning:
             log.warning("%s, more than drift_warning=%s: weights or precision may not match", told, self.drift_warning)
+
+    def check_first_samples(self, trajectories: Sequence[Trajectory], trainer_dtype: torch.dtype) -> None:
+        """Compare the log-probabilities of samples with the trainer's. All ranks together.
+
+        Args:
+            trajectories: of this rank, with ``old_logprobs``, by the weights that drew them.
+            trainer_dtype: the least exact dtype that the trainer computes in.
+
+        Raises:
+            DriftError: they are further apart than these dtypes make them, on any rank.
+        """
+        assert self.strategy is not None
+        masks = [torch.tensor(t.mask) for t in trajectories]
+        sampled = [torch.tensor(t.completion.logprobs)[mask] for t, mask in zip(trajectories, masks, strict=True)]
+        trained = [t.old_logprobs[mask].float() for t, mask in zip(trajectories, masks, strict=True)]  # type: ignore[index]
+        nothing = torch.zeros(0)
+        off = apart(torch.cat([nothing, *sampled]), torch.cat([nothing, *trained]), [len(s) for s in sampled])
+        off = float(self.strategy.all_reduce(off, op="max"))
+        allowed = TOLERANCES[least_exact_of(trainer_dtype, self.computes_in)]
+        if not off <= allowed:
+            raise DriftError(
+                f"{type(self).__name__} samples from another distribution than the one that is trained: the "
+                f"log-probabilities of its first samples are off by {off:.2g} nats, allowed are {allowed:g}. Take "
+                "another engine for this model; with check_numerics=False it trains regardless"
+            )
+
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        """Its dtype, bfloat16 if a copy of the model does not say; None: the trainer's."""
+        return getattr(self, "dtype", None) or (torch.bfloat16 if self.has_copy else None)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightrft_lightning.engines.transformers import TransformersRollout
 from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, Held, Part, as_matrix, digest, listed
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.layers import decoder_layers
-from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer
+from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer, with_right_kernel
 from lightrft_lightning.models.remote_code import code_refused
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -107,7 +107,7 @@ class TransformersCopy(EngineWithCopy):
         if dtype not in DTYPES:
             raise ValueError(f"engine_args: {unknown_name('dtype', dtype, DTYPES)}")
         self.dtype = DTYPES[dtype]
-        self._attention = engine_args.get("attn_implementation", "sdpa")
+        self._attention = engine_args.get("attn_implementation")
         self._generator = TransformersRollout(engine_args.get("max_batch_size"))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = None
@@ -208,7 +208,7 @@ class TransformersCopy(EngineWithCopy):
         yield from self._model.named_parameters(remove_duplicate=False)
 
 
-def _without_weights(folder: str, dtype: torch.dtype, attn_implementation: str) -> Any:
+def _without_weights(folder: str, dtype: torch.dtype, attn_implementation: str | None) -> Any:
     transformers = import_extra("transformers", "hf")
     named = {"dtype": dtype, "attn_implementation": attn_implementation}
     with code_refused(folder):
@@ -216,4 +216,4 @@ def _without_weights(folder: str, dtype: torch.dtype, attn_implementation: str) 
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False, **named)
     if (saved := Path(folder, "generation_config.json")).is_file():  # its end-of-sequence tokens
         model.generation_config = transformers.GenerationConfig.from_dict(json.loads(saved.read_text()))
-    return model
+    return with_right_kernel(model, attn_implementation)

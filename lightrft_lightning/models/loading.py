@@ -19,7 +19,7 @@ import torch
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.checkpoints.files import check_model_folder
-from lightrft_lightning.models.attention import FLEX, prefers_flex
+from lightrft_lightning.models.attention import FLEX, dense_kernel, prefers_flex
 from lightrft_lightning.models.quantized import mend, quantization_config
 from lightrft_lightning.models.remote_code import CodeRefusedError, code_refused
 from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
@@ -51,7 +51,7 @@ def load_model(
     source: Source,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model.
@@ -62,8 +62,9 @@ def load_model(
             brings along is never run; a model that cannot do without it is an error.
         dtype: of the weights.
         attn_implementation: as in `from_pretrained`; completions can share their prompt with ``sdpa``, ``eager`` and
-            ``flex_attention`` (see `models.attention`). ``auto``: the last where there are CUDA devices and the model's
-            class has it, otherwise ``sdpa``.
+            ``flex_attention`` (see `models.attention`). None: ``sdpa``, or ``eager`` for models with something in their
+            attention that ``sdpa`` leaves out. ``auto``: ``flex_attention`` where there are CUDA devices and the
+            model's class has it, otherwise as None.
         quantization: ``nf4``: the weights of the linear layers in four bits, for LoRA around them; not for models that
             code makes.
 
@@ -86,7 +87,8 @@ def load_model(
             raise ValueError(f"quantization={quantization!r}: model={source!r} is made by code, and small")
         with parameters_on_meta(False):
             made: Any = found.model()
-        made.set_attn_implementation(attn_implementation)
+        if attn_implementation is not None:
+            made.set_attn_implementation(attn_implementation)
         return made.to(dtype)
     streamed = building_on_meta() and quantization is None
     if streamed and (empty := _without_weights(found, dtype, attn_implementation)) is not None:
@@ -95,7 +97,14 @@ def load_model(
         return _from_pretrained(found, dtype, attn_implementation, quantization)
 
 
-def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel | None:
+def with_right_kernel(model: PreTrainedModel, attn_implementation: str | None) -> PreTrainedModel:
+    """`model` with the kernel that its config needs, unless one is named."""
+    if attn_implementation is None and model.config._attn_implementation == "sdpa" != dense_kernel(model):
+        model.set_attn_implementation("eager")
+    return model
+
+
+def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel | None:
     """The model on the meta device, if its weights can be streamed into it later."""
     if not Path(found).is_dir():
         return None
@@ -105,11 +114,11 @@ def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str) -
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
-    return model if can_stream(model, Path(found)) else None
+    return with_right_kernel(model, attn_implementation) if can_stream(model, Path(found)) else None
 
 
 def _from_pretrained(
-    found: str, dtype: torch.dtype, attn_implementation: str, quantization: str | None
+    found: str, dtype: torch.dtype, attn_implementation: str | None, quantization: str | None
 ) -> PreTrainedModel:
     auto = import_extra("transformers", "hf").AutoModelForCausalLM
     more: dict[str, Any] = {}
@@ -127,7 +136,7 @@ def _from_pretrained(
         raise ValueError(f"{found} holds no weights for {len(missing)} parameters of the model, e.g. {missing[0]!r}")
     if quantization is not None:
         mend(model)
-    return model
+    return with_right_kernel(model, attn_implementation)
 
 
 def load_config(source: Source) -> PretrainedConfig:

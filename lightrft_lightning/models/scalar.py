@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PROMPT, PackedBatch
-from lightrft_lightning.models.loading import Source, made_or_found, not_loaded
-from lightrft_lightning.models.logprobs import check_layout, replaced_forward
+from lightrft_lightning.models.loading import Source, made_or_found, not_loaded, with_right_kernel
+from lightrft_lightning.models.logprobs import backbone_of, check_layout, layout_inputs, replaced_forward
 from lightrft_lightning.models.outputs import plain_outputs
 from lightrft_lightning.models.remote_code import code_refused
+from lightrft_lightning.models.rope import of_its_own_length
 from lightrft_lightning.models.streaming import parameters_on_meta
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_scalar_model(
-    source: Source, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    source: Source, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> PreTrainedModel:
     """A model with one number as its output.
 
@@ -33,7 +34,7 @@ def load_scalar_model(
         source: as for `load_model`. The head of a sequence-classification model is kept; a causal language model
             gets a new one, all zeros, so that it says 0 until it has learnt something.
         dtype: of the weights.
-        attn_implementation: as in `from_pretrained`.
+        attn_implementation: as in `load_model`, without ``auto``.
 
     Raises:
         FileNotFoundError: as `load_model`.
@@ -45,7 +46,9 @@ def load_scalar_model(
             model, new = _from_pretrained(found, dtype, attn_implementation)
         else:
             model, new = with_scalar_head(found.model()), True
-            model.set_attn_implementation(attn_implementation)
+            if attn_implementation is not None:
+                model.set_attn_implementation(attn_implementation)
+    with_right_kernel(model, attn_implementation)
     head = scalar_head(model)
     if new:
         nn.init.zeros_(head.weight)
@@ -56,7 +59,7 @@ def load_scalar_model(
     return model.to(dtype)
 
 
-def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, bool]:
+def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str | None) -> tuple[Any, bool]:
     transformers = import_extra("transformers", "hf")
     try:
         with code_refused(found):
@@ -89,7 +92,7 @@ def with_scalar_head(causal_lm: Any) -> Any:
     named = {"dtype": causal_lm.dtype, "attn_implementation": config._attn_implementation}
     with torch.random.fork_rng(devices=[]), code_refused(config.name_or_path or type(causal_lm).__name__):
         model = auto.from_config(config, trust_remote_code=False, **named)
-    model.base_model.load_state_dict(causal_lm.base_model.state_dict())
+    backbone_of(model).load_state_dict(backbone_of(causal_lm).state_dict())
     nn.init.zeros_(scalar_head(model).weight)
     return model
 
@@ -150,18 +153,38 @@ def completion_scores(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     return _numbers_at(model, batch, row, last), trajectory
 
 
+def completion_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """``[N, H]`` what the head of `model` would read in place of `completion_values`."""
+    return _at(model, batch, batch.row, batch.column, nn.Identity())
+
+
+def plain_hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """``[L, H]`` what it would read of one text ``[1, L]``."""
+    backbone = backbone_of(model)
+    hidden = replaced_forward(model, lambda **inputs: backbone(**inputs).last_hidden_state[0])
+    with hidden, plain_outputs(model):
+        return model(input_ids=input_ids, use_cache=False)
+
+
+def has_scalar_head(model: Any) -> bool:
+    """Whether `model` gives a number in place of words."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
+
+
 def _numbers_at(model: Any, batch: PackedBatch, row: Tensor, column: Tensor) -> Tensor:
     """``[N]``, at least float32: the head's output at these positions of the rows."""
+    numbers = _at(model, batch, row, column, scalar_head(model))[:, 0]
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _at(model: Any, batch: PackedBatch, row: Tensor, column: Tensor, head: nn.Module) -> Tensor:
     check_layout(model, batch)
-    backbone, head = model.base_model, scalar_head(model)
+    backbone = backbone_of(model)
 
     def forward(**inputs: Any) -> Tensor:
-        return head(backbone(**inputs).last_hidden_state[row, column])
+        with of_its_own_length(model, batch):
+            return head(backbone(**inputs).last_hidden_state[row, column])
 
-    inputs = {"input_ids": batch.input_ids, "use_cache": False}
-    inputs["attention_mask"] = batch.attention_mask(model.dtype, model.config._attn_implementation)
-    if batch.shared:
-        inputs["position_ids"] = batch.position_ids
+    inputs = {"input_ids": batch.input_ids, "use_cache": False, **layout_inputs(model, batch)}
     with replaced_forward(model, forward), plain_outputs(model):
-        numbers = model(**inputs)[:, 0]
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+        return model(**inputs)

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
-from lightrft_lightning.experience import packing
 from lightrft_lightning.models.attention import (
     FLEX,
-    TOLERANCES,
-    flex_difference,
     flex_problem,
     prefers_flex,
     without_flex_attention,
@@ -17,24 +13,8 @@ from lightrft_lightning.models.loading import load_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def wrong_block_mask(monkeypatch):
-    """Completions of a group see those before them."""
-    right = packing._block_mask
-    monkeypatch.setattr(packing, "_block_mask", lambda piece, branch: right(piece, branch.clamp(max=0)))
-
-
-def test_the_compiled_kernel_gives_the_log_probabilities_of_a_dense_mask(tiny_model):
-    assert flex_difference(tiny_model.train(), CPU) < 1e-5
-    assert tiny_model.config._attn_implementation == FLEX and tiny_model.training
-
-
 def test_uncompiled_it_can_be_trained_where_torch_lets_it(tiny_model, flex_on_cpu):
     assert flex_problem(tiny_model, CPU) is None
-
-
-def test_a_wrong_block_mask_is_found(tiny_model, flex_on_cpu, wrong_block_mask):
-    assert flex_difference(tiny_model, CPU) > 10 * max(TOLERANCES.values())
 
 
 def test_what_cannot_train_with_flex_attention_is_said(tiny_model):
