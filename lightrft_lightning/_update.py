@@ -510,6 +510,15 @@ class Update(Settings):
                 for name, values in zip(names, row, strict=True):
                     setattr(t, name, values)
 
+    def _keep_start(self) -> None:
+        """Under adapters, what is trained as it is now. All ranks together: a back end may have made them equal."""
+        actor: Any = self.actor
+        if not self.kl_coef or self.reference is not None or self.start is not None:
+            return
+        trained = {name for name, p in actor.named_parameters() if p.requires_grad}
+        whole = actor.named_parameters() if self._trainer is None else self.strategy.named_full_tensors(actor, trained)
+        self.start = {name: value.detach().to("cpu", copy=True) for name, value in whole if name in trained}
+
     @contextlib.contextmanager
     def _reference_policy(self) -> Iterator[Any]:
         if self.reference is not None:

@@ -40,7 +40,7 @@ from lightrft_lightning.metrics import (
 from lightrft_lightning.models.layers import checkpoint_activations, compile_layers, in_training_mode
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
-from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters, trained_values
+from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
 from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.models.rope import length_limits
@@ -624,12 +624,11 @@ class RLHFModule(Update):
         if self.critic_settings is not None and self.critic is None:
             self.critic = new_critic(self.critic_settings, self._source, self.actor)
             train_in_float32(self.critic)
-        if self.kl_coef and self.reference is None and self.start is None:
-            # Not the model without its adapters: these may start anywhere, and their base weights change (PiSSA).
-            if has_adapters(self.actor):
-                self.start = trained_values(self.actor)
-            else:
-                self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        # Under adapters not the model without them: they may start anywhere, and their base weights change (PiSSA).
+        if self.kl_coef and self.reference is None and not has_adapters(self.actor):
+            self.reference = copy.deepcopy(self.actor).requires_grad_(False).eval()
+        if self._trainer is None:  # `load_from_checkpoint`, before other weights come in
+            self._keep_start()
         for model in (self.actor, None if self._shares_trunk else self.critic):
             if self.gradient_checkpointing and model is not None:
                 checkpoint_activations(model)
@@ -651,6 +650,7 @@ class RLHFModule(Update):
     def on_fit_start(self) -> None:
         self._given = given(self)
         check_checkpoints(self.trainer, self.actor)  # type: ignore[arg-type]
+        self._keep_start()
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
         limits = {

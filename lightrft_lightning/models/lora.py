@@ -121,11 +121,6 @@ def _changed(config: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value != usual[name]}
 
 
-def trained_values(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters by name, copied into CPU memory: under adapters all that a starting policy differs in."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-
-
 def active_adapter(model: Any) -> str:
     """The one adapter that the model computes with.
 
