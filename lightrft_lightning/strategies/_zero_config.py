@@ -90,6 +90,12 @@ def check_settings(config: StrategyConfig, overrides: Json) -> None:
             f"deepspeed_config['zero_optimization.overlap_comm']={not config.overlap_comm} contradicts "
             f"overlap_comm={config.overlap_comm}: set one of them only"
         )
+    for kind in ("bf16", "fp16"):
+        if lookup(overrides, key := f"{kind}.{kind}_master_weights_and_grads"):
+            raise ValueError(
+                f"deepspeed_config[{key!r}]=True: trained weights of 16 bits, in which the steps of the usual learning "
+                "rates are rounded away. Leave it out; adam_8bit=True or adam_offload=True take less memory too"
+            )
     _check_elsewhere(overrides)
     _check_offload(config, overrides)
 

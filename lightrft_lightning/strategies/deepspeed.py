@@ -245,7 +245,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         if known.optimizer is None and self.config.zero_stage < 3:
             model.to(self.root_device)
             for parameter in model.parameters():
-                if parameter.is_floating_point():
+                # Not upwards: this may be a part of a model, the rest of which computes in 16 bits (under adapters).
+                if parameter.is_floating_point() and dtype != torch.float32:
                     parameter.data = parameter.data.to(dtype)
         else:
             config = self._json(model)

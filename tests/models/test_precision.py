@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from training import Record, make_data, make_module, make_trainer, weights_of
 
-from lightrft_lightning import FakeStrategy, RewardModule, SFTModule
+from lightrft_lightning import DeepspeedStrategy, FakeStrategy, RewardModule, SFTModule
 from lightrft_lightning.models import precision
 from lightrft_lightning.models.scalar import with_scalar_head
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
@@ -103,6 +103,11 @@ def test_a_module_of_the_users_own_may_and_is_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer.fit(Other(), torch.utils.data.DataLoader(torch.zeros(2, 2)))
     assert "weights in torch.bfloat16 are trained, where small steps are rounded away" in caplog.text
+
+
+def test_masters_of_16_bits_are_refused():
+    with pytest.raises(ValueError, match=r"'bf16.bf16_master_weights_and_grads'.=True: trained weights of 16 bits"):
+        DeepspeedStrategy(deepspeed_config={"bf16": {"bf16_master_weights_and_grads": True}})
 
 
 def test_an_average_in_16_bits_is_refused():

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[2] / "helpers"))
 
 import checks
+import peft
 import pytest
 import torch
 from torch.nn.attention import flex_attention
@@ -127,7 +128,18 @@ def check_the_reference_of_adapters_is_where_they_start():
     _, metrics = assert_independent_of_ranks(**settings, iterations=3)
     assert metrics["train/kl"] > 1e-4
     *_, metrics = train(STRATEGY, RANKS, **{**settings, "lr": 0.0}, iterations=1)
-    assert abs(metrics["train/kl"]) < 1e-6
+    assert abs(metrics["train/kl"]) < 1e-6, metrics
+
+
+def check_models_that_came_in_16_bits_keep_small_steps():
+    low = tiny_llama(seed=0, width=64, layers=2).to(torch.bfloat16)
+    _, before, after, _ = train(STRATEGY, RANKS, model=low, lr=1e-5, iterations=1)
+    assert (after != before).double().mean() > 0.9
+    low = tiny_llama(seed=0, width=64, layers=2).to(torch.bfloat16)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(low, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    *_, metrics = train(STRATEGY, RANKS, model=adapted, kl_coef=0.1, steps_per_epoch=1, iterations=1)
+    assert abs(metrics["train/kl"]) < 1e-6, metrics
 
 
 def check_settings_given_to_a_resumed_run():
