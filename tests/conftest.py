@@ -10,11 +10,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
 from hypothesis import settings
+from preloaded import start as preloaded_script
 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -43,6 +46,28 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def fresh_script(script: Path, arguments: list[str], env: dict[str, str], stdout: TextIO, stderr: TextIO):
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
+
+
+def _exit_code(process, job: list, deadline: float) -> int:
+    """That of one process of a `job`, all of whose processes are killed at `deadline`."""
+    wait = process.join if isinstance(process, BaseProcess) else process.wait
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        wait(max(0.1, deadline - time.monotonic()))
+    if _code(process) is None:
+        for other in job:
+            if _code(other) is None:
+                os.killpg(other.pid, signal.SIGKILL)
+        wait()
+    return _code(process)
+
+
+def _code(process) -> int | None:
+    return process.exitcode if isinstance(process, BaseProcess) else process.poll()
+
+
 def _run_ranks(
     script: Path,
     *args: object,
@@ -50,46 +75,36 @@ def _run_ranks(
     timeout: float = 120,
     env: dict[str, str] | None = None,
     check: bool = True,
+    preloaded: bool = True,
 ) -> list[RankResult]:
-    """Run ``python script args...`` once a rank, with the variables that torchrun sets; kill all at `timeout`."""
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-    }
+    """Run ``python script args...`` once a rank, with the variables that torchrun sets; kill all at `timeout`.
+
+    Of one process alone these are left out. Without `preloaded` each is an interpreter of its own, for scripts about
+    how these start and end.
+    """
+    common = {name: value for name, value in os.environ.items() if not name.endswith(("RANK", "WORLD_SIZE"))}
+    common |= {"OMP_NUM_THREADS": "1", **(env or {})}
+    size, port = str(world_size), str(free_port())
+    launched = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [{**common, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    if world_size == 1:
+        variables = [common]
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as files:
         # Files, since a rank that fills a pipe while another is waited for would hold up both.
         outputs = [
             [files.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")] for _ in range(world_size)
         ]
+        start = preloaded_script if preloaded else fresh_script
         processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, args)],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
-            )
-            for rank, (stdout, stderr) in enumerate(outputs)
+            start(script, [*map(str, args)], of_rank, *files) for of_rank, files in zip(variables, outputs, strict=True)
         ]
-        for process in processes:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                for other in processes:
-                    if other.poll() is None:
-                        os.killpg(other.pid, signal.SIGKILL)
-                process.wait()
+        codes = [_exit_code(process, processes, deadline) for process in processes]
         for file in itertools.chain(*outputs):
             file.seek(0)
         results = [
-            RankResult(process.returncode, stdout.read(), stderr.read())
-            for process, (stdout, stderr) in zip(processes, outputs, strict=True)
+            RankResult(code, stdout.read(), stderr.read())
+            for code, (stdout, stderr) in zip(codes, outputs, strict=True)
         ]
     if check and any(r.returncode for r in results):
         tails = "\n".join(f"--- rank {k}: exit {r.returncode}\n{r.stderr[-3000:]}" for k, r in enumerate(results))

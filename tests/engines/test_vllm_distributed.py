@@ -51,6 +51,8 @@ def test_in_real_processes(results, job, check):
 def test_a_call_that_hangs_ends_the_process_with_its_place(run_ranks, tmp_path):
     env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
     start = time.monotonic()
-    (result,) = run_ranks(FOLDER / "vllm_hangs.py", tmp_path, world_size=1, timeout=120, env=env, check=False)
+    (result,) = run_ranks(
+        FOLDER / "vllm_hangs.py", tmp_path, world_size=1, timeout=120, env=env, check=False, preloaded=False
+    )
     assert result.returncode == 1 and time.monotonic() - start < 90
     assert "Timeout (0:00:0" in result.stderr and "engines/vllm.py" in result.stderr.replace("\\", "/")

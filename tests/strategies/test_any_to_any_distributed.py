@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +15,11 @@ ALL = (*ALONE, *TWO)
 pytestmark = pytest.mark.timeout(900)  # the jobs of the first test
 
 
-def run_alone(script, *args):
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK")} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def measure(script, run_ranks, folder):
     """What the job found for each ``source -> strategy``."""
-    run_alone(script, "save", folder, *ALONE)
+    run_ranks(script, "save", folder, *ALONE, world_size=1, timeout=200)
     run_ranks(script, "save", folder, *TWO, timeout=200)
-    run_alone(script, "load", folder, folder / "alone.json", *ALONE, "--", *ALL)
+    run_ranks(script, "load", folder, folder / "alone.json", *ALONE, "--", *ALL, world_size=1, timeout=200)
     run_ranks(script, "load", folder, folder / "two.json", *TWO, "--", *ALL, timeout=280)
     return {**json.loads((folder / "alone.json").read_text()), **json.loads((folder / "two.json").read_text())}
 

@@ -119,7 +119,7 @@ def test_killed_and_stopped_really_were(ranks):
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1)])
 def test_a_rank_can_end_at_any_moment(run_ranks, how, code):
-    for rank in run_ranks(JOB.with_name("ends_while_watched.py"), how, check=False):
+    for rank in run_ranks(JOB.with_name("ends_while_watched.py"), how, check=False, preloaded=False):
         assert rank.returncode == code and "terminate called" not in rank.stderr, rank.stderr
 
 
