@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint suite bench clean
 
 # DeepSpeed's own kernels need CUDA; what the CPU needs it compiles when it is used.
 export DS_BUILD_OPS := 0
@@ -34,7 +34,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint $(VLLM)
+# The types take a minute of one core, of which the tests, while they wait for something, leave enough.
+test: $(VLLM)
+	$(MAKE) --no-print-directory --jobs=2 lint suite
+
+suite: $(VLLM)
 	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Every table of the README, with what has changed: hours. `make bench ONLY="packing rollout"` makes some of them.
