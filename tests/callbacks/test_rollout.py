@@ -4,6 +4,7 @@ import dataclasses
 import threading
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -182,3 +183,12 @@ def test_an_error_in_the_rollout_gives_up_what_is_not_scored(run):
         run(Broken(), rewards=lambda completion: calls.append(1) or 1.0)
     assert threading.active_count() <= before + 1
     assert len(calls) <= 4
+
+
+def test_adapters_with_which_the_engine_would_sample_from_another_policy_are_refused(fit, tiny_model, tiny_tokenizer):
+    model = peft.get_peft_model(tiny_model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.merge_adapter()
+    module = RLHFModule(model, lambda completion: 1.0, tiny_tokenizer, SamplingParams(n=2, max_new_tokens=4))
+    with pytest.raises(ValueError, match=r"its adapter is merged, so nothing is trained: call unmerge_adapter\(\)"):
+        fit(module=module)
+    assert module.iteration == 0

@@ -20,8 +20,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from toys import IDS, llama, loss_of, same, trained
 
 from lightrft_lightning import FakeStrategy, FSDPV2Strategy
+from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models import streaming
 from lightrft_lightning.models.loading import load_model
+from lightrft_lightning.models.lora import check_policy
 from lightrft_lightning.models.tiny import char_tokenizer
 
 FOLDER = Path(sys.argv[1])
@@ -255,6 +257,24 @@ def check_export_and_lora():
         assert (plain(input_ids=IDS).logits - expected).abs().max() > 1e-3
     with pytest.raises(RuntimeError, match=r"rank 0 could not write /proc/nowhere"):
         s.save_model(model, None, "/proc/nowhere")
+
+
+def check_what_is_sent_and_exported_of_shards_is_what_was_trained():
+    s = strategy()
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, trainable_token_indices=[3])
+    model, optimizer = trained(s, peft.get_peft_model(llama(), settings))
+    check_policy(model, "Engine", has_copy=True)
+    for _ in range(2):
+        s.backward(loss_of(model), model, optimizer)
+        s.optimizer_step(optimizer, model, None)
+    copied = llama()
+    copied.load_state_dict({name: tensor.clone() for name, tensor in PolicyWeights(s, model)})
+    s.save_model(model, None, FOLDER / "dora")
+    with torch.no_grad():
+        expected = model.eval()(input_ids=IDS).logits
+        same(copied.eval()(IDS).logits, expected, 1e-5)
+        same(load_model(FOLDER / "dora").eval()(IDS).logits, expected, 1e-5)
+        assert (llama()(IDS).logits - expected).abs().max() > 1e-3
 
 
 def check_weights_are_streamed_into_a_model_built_without_memory():
