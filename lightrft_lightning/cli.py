@@ -23,6 +23,7 @@ from lightrft_lightning.planning.command import main as plan
 from lightrft_lightning.reward_module import RewardModule
 from lightrft_lightning.sft_module import SFTModule
 from lightrft_lightning.strategies.factory import available_strategies
+from lightrft_lightning.strategies.streams import keep_printing
 
 DEFAULT_SEED = 42
 
@@ -119,6 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     for noise in ("isinstance.*LeafSpec", "The .* does not have many workers", "Total length of .* is zero"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
+    keep_printing()
     try:
         given = sys.argv[1:] if args is None else list(args)
         if given[:1] == ["serve"]:

@@ -39,6 +39,7 @@ from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.inference import InferenceEngines
 from lightrft_lightning.strategies.preemption import end_when_preempted
+from lightrft_lightning.strategies.streams import keep_printing
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -189,10 +190,12 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     @override
     def setup_environment(self) -> None:
         self._check_batch_sizes()
-        self._end_when_preempted()
+        self._outlive_its_surroundings()
         super().setup_environment()
 
-    def _end_when_preempted(self) -> None:
+    def _outlive_its_surroundings(self) -> None:
+        """A scheduler that takes the machine back, an output that nobody reads."""
+        keep_printing()
         assert self.lightning_module is not None
         end_when_preempted(self.lightning_module.trainer)
 

@@ -142,7 +142,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         set_deadline(timeout)
         watch_ranks(timeout)
         self._check_batch_sizes()
-        self._end_when_preempted()
+        self._outlive_its_surroundings()
 
     @override
     def _configure_launcher(self) -> None:
