@@ -25,8 +25,10 @@ from typing_extensions import override
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning.models.export import ExportError, hugging_face_part, save_pretrained
 from lightrft_lightning.models.quantized import dequantized
+from lightrft_lightning.strategies import failures
 from lightrft_lightning.strategies.base import StrategyBase
-from lightrft_lightning.strategies.failures import START_TIMEOUT, watch_ranks
+from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.joining import join
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, set_deadline, start_process_group
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -125,7 +127,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
     def _join_process_group(self, timeout: timedelta) -> None:
         place = start_process_group(timeout)
         self._device, self._local_rank = place.device, place.local_rank
-        watch_ranks(timeout)
+        watch_ranks(timeout)  # the group may have been there already
 
     def _join_trainers_process_group(self) -> None:
         """What Lightning's own strategies do in `setup_environment`; ranks may be slower to start than `timeout`."""
@@ -137,12 +139,19 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         given: str | None = self.process_group_backend  # type: ignore[attr-defined]
         backend = given or _get_default_process_group_backend_for_device(device)
         device_id = device if device.type == "cuda" else None
-        start = max(timeout, START_TIMEOUT)
-        _init_dist_connection(self.cluster_environment, backend, timeout=start, device_id=device_id)
-        set_deadline(timeout)
-        watch_ranks(timeout)
+        store = None if dist.is_initialized() else self._meet()
+        _init_dist_connection(
+            self.cluster_environment, backend, timeout=failures.START_TIMEOUT, device_id=device_id, store=store
+        )
+        set_deadline(timeout, store)
         self._check_batch_sizes()
         self._outlive_its_surroundings()
+
+    def _meet(self) -> dist.Store:
+        environment = self.cluster_environment
+        assert environment is not None
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        return join(environment.global_rank(), environment.world_size(), failures.START_TIMEOUT)
 
     @override
     def _configure_launcher(self) -> None:

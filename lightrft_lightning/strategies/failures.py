@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import re
-import select
 import socket
 import subprocess
 import sys
@@ -20,8 +19,8 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn
@@ -29,7 +28,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from lightrft_lightning.strategies.peers import Peer, Status, connect_peers
+from lightrft_lightning.strategies import peers
+from lightrft_lightning.strategies.peers import Peer, Status, connect_peers, readable
 
 START_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for one another to start, at least: a deadline for collectives may be far shorter."""
@@ -130,13 +130,26 @@ def report(exception: BaseException) -> RankFailedError | None:
     return None if _watch is None else _watch.report(exception)
 
 
+def end_children_that_nobody_tells() -> None:
+    """Before there is a watch, ranks that this process has started would wait for it."""
+    if _watch is None:
+        _kill_children()
+
+
+def _kill_children() -> None:
+    for child in children:
+        child.kill()
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)  # not to leave it as a zombie
+
+
 def end_at_once(cause: str, code: int) -> NoReturn:
     """End this process and, if there is a watch, all ranks, which learn the cause."""
     say(f"this process {cause}")
     if _watch is not None:
         _watch.announce(cause)
-    for child in children:
-        child.kill()
+    _kill_children()
     os._exit(code)
 
 
@@ -155,7 +168,9 @@ class RankWatch:
         self.verdict: Verdict | None = None
         self._peers = connect_peers(rank, world_size, time.monotonic() + START_TIMEOUT.total_seconds())
         self._changed = threading.Condition()  # guards what follows and the peers, against the main thread
-        self._status = Status(f"{socket.gethostname()}, pid {os.getpid()}")
+        self._status = Status(
+            f"{socket.gethostname()}, pid {os.getpid()}", pid=os.getpid(), machine=peers.this_machine()
+        )
         self._stack = _Stack()
         self._suspicion: tuple[float, int, str] | None = None
         self._stopped = self._silenced = False
@@ -268,12 +283,12 @@ class RankWatch:
                 beat_at = time.monotonic() + interval
                 self._beat()
             sockets = {p.socket: p for p in self._peers.values() if p.open}
-            readable, _, _ = select.select([self._wake, *sockets], [], [], interval)
+            ready_ones = readable([self._wake, *sockets], interval)
             now = time.monotonic()
             with self._changed:
                 if self._stopped:
                     return
-                for ready in readable:
+                for ready in ready_ones:
                     if ready is self._wake:
                         self._wake.recv(1 << 10)
                     else:
@@ -293,7 +308,8 @@ class RankWatch:
             # without an active exception".
             if self._silenced:
                 return
-            self._status = Status(self._status.name, *self._stack.sample())
+            where, waiting, still = self._stack.sample()
+            self._status = replace(self._status, where=where, waiting=waiting, still=still)
             for peer in self._peers.values():
                 if peer.open and now - peer.heard < 60:  # nobody empties the buffers of a stopped process
                     peer.send(status=asdict(self._status))
@@ -309,7 +325,15 @@ class RankWatch:
             peer.acknowledged |= "acknowledged" in message
             peer.left |= "left" in message
             self._informed |= "informed" in message
-        if not peer.open and not peer.left and self.verdict is None:
+            if "look" in message:
+                self._look(peer, **message["look"])
+            elif "stopped" in message and self.verdict is None:
+                self._conclude_stopped(message["stopped"])
+        if peer.unreachable and self.verdict is None:
+            limit, where = peers.HEARTBEAT_TIMEOUT, peer.status.where
+            detail = f": its machine or the network to it is gone; last seen in {where}"
+            self._conclude(peer.rank, f"has not answered for {limit:.0f} s", detail)
+        elif not peer.open and not peer.left and self.verdict is None:
             where = peer.status.where
             how = "killed by a signal (SIGKILL: out of memory?), crashed, or gone by os._exit"
             self._conclude(peer.rank, "died without an error of its own", f": {how}; last seen in {where}")
@@ -330,6 +354,9 @@ class RankWatch:
         longest = max(silent, key=lambda r: silent[r], default=0)
         waiting = {r: s.still for r, s in self._statuses().items() if s.waiting}
         patient = max(waiting, key=lambda r: waiting[r], default=0)
+        self._look_for_stopped(silent)
+        if self.verdict is not None:
+            return
         if silent and silent[longest] > self.timeout:
             self._conclude_silent(longest, silent[longest])
         elif self.rank == 0 and waiting and waiting[patient] > self.timeout:
@@ -342,6 +369,29 @@ class RankWatch:
                 self._conclude_absent(reporter, self.timeout)
             else:
                 self._conclude(reporter, cause, raised=True)
+
+    def _look_for_stopped(self, silent: Mapping[int, float]) -> None:
+        """A silent rank may compute; whoever is on its machine can see whether its process is stopped."""
+        for rank, seconds in silent.items():
+            if seconds < min(peers.HEARTBEAT_TIMEOUT, self.timeout):
+                continue
+            pid, machine = self._peers[rank].status.pid, self._peers[rank].status.machine
+            if peers.process_here(pid, machine) == "T":
+                self._conclude_stopped(rank)
+            elif machine != peers.this_machine():
+                for peer in self._peers.values():
+                    if peer.open and peer.rank != rank and peer.status.machine == machine:
+                        peer.send(look={"rank": rank, "pid": pid, "machine": machine})
+
+    def _look(self, peer: Peer, rank: int, pid: int, machine: str) -> None:
+        if peers.process_here(pid, machine) == "T":
+            peer.send(stopped=rank)
+
+    def _conclude_stopped(self, rank: int) -> None:
+        if self.verdict is None:
+            silent = time.monotonic() - self._peers[rank].heard
+            detail = f": stopped, by SIGSTOP it seems; last seen in {self._peers[rank].status.where}"
+            self._conclude(rank, f"has given no sign of life for {silent:.0f} s", detail)
 
     def _conclude_silent(self, rank: int, seconds: float) -> None:
         where = self._peers[rank].status.where
@@ -411,8 +461,7 @@ class RankWatch:
 
     def _end_process(self) -> None:
         say(f"[rank {self.rank}] the main thread does not end: leaving at once")
-        for child in children:
-            child.kill()
+        _kill_children()
         os._exit(1)
 
 

@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from typing_extensions import override
 
 from lightrft_lightning.strategies import failures
-from lightrft_lightning.strategies.failures import START_TIMEOUT
+from lightrft_lightning.strategies.failures import watch_ranks
+from lightrft_lightning.strategies.joining import join
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -61,16 +62,23 @@ def start_process_group(timeout: timedelta | None = None, accelerator: str | Non
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         # In one process nobody else has to find us: no port, which a notebook could not choose.
-        store = dist.HashStore() if world_size == 1 else None
-        start = max(timeout, START_TIMEOUT)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=start, store=store)
-        set_deadline(timeout)
+        store = dist.HashStore() if world_size == 1 else join(rank, world_size, failures.START_TIMEOUT)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=failures.START_TIMEOUT, store=store)
+        set_deadline(timeout, store)
     return Place(rank, max(local_rank, 0), world_size, device)
 
 
-def set_deadline(timeout: timedelta) -> None:
-    """Give up a collective of the default process group after `timeout`."""
+def set_deadline(timeout: timedelta, store: dist.Store | None = None) -> None:
+    """Give up a collective of the default process group after `timeout`; all ranks have joined it.
+
+    Args:
+        timeout: how long it may take.
+        store: of the group; further groups meet there, for which ranks may be less in step than for a collective.
+    """
+    watch_ranks(timeout)
     dist.distributed_c10d._set_pg_timeout(timeout)
+    if store is not None:
+        store.set_timeout(max(timeout, failures.START_TIMEOUT))
 
 
 def _joined() -> tuple[int, int, int]:
@@ -165,6 +173,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             raise
         except BaseException as exception:
             error = failures.report(exception)
+            failures.end_children_that_nobody_tells()
             if error is None:
                 raise
             raise error from exception

@@ -1,13 +1,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 
 import pytest
 
-from lightrft_lightning.strategies.peers import Peer, _accept, _addresses, _listener, _reach
+from lightrft_lightning.strategies.peers import (
+    Peer,
+    _accept,
+    _addresses,
+    _listener,
+    _reach,
+    keep_alive,
+    process_here,
+    this_machine,
+)
 
 TOKEN = "0123456789abcdef" * 2
 
@@ -67,3 +79,30 @@ def test_on_one_machine_nobody_outside_can_connect(listener, monkeypatch):
     assert _addresses() == ["127.0.0.1"] and listener.getsockname()[0] == "127.0.0.1"
     monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
     assert _addresses()[0] == "192.0.2.1" and socket.gethostname() in _addresses()
+
+
+def test_slow_strangers_hold_up_nobody(listener):
+    port, deadline = listener.getsockname()[1], time.monotonic() + 30
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+    strangers[0].sendall(b"x")
+    in_background(lambda: _reach(["127.0.0.1"], port, TOKEN, 1, deadline))
+    began = time.monotonic()
+    assert _accept(listener, TOKEN, deadline, [1])[1] == 1
+    assert time.monotonic() - began < 9
+
+
+def test_kernels_ask_for_a_machine_that_is_gone_and_a_stopped_process_is_seen(listener):
+    with socket.create_connection(listener.getsockname()[:2]) as connection:
+        keep_alive(connection, 60)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert process_here(child.pid, this_machine()) in "RSD"
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        assert process_here(child.pid, this_machine()) == "T"
+        assert process_here(child.pid, "another machine") == ""
+    finally:
+        child.kill()
+        child.wait()
