@@ -77,7 +77,9 @@ class Place:
         put_back(self.folder)
         # A file called .ckpt is what Lightning's own strategies write in this place.
         path = self.path
-        if path.exists() and not is_checkpoint(path) and not (path.is_file() and path.suffix == ".ckpt"):
+        replaceable = is_checkpoint(path) or (path.is_file() and path.suffix == ".ckpt")
+        # Asked twice: another process may just be renaming.
+        if not replaceable and path.exists() and not is_checkpoint(path):
             raise ValueError(f"{path} exists and is not a checkpoint of this package: choose another tag or folder")
 
     def number(self) -> int:
