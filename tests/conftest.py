@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -41,9 +42,11 @@ class RankResult:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Below those that the kernel deals out, which any connection of another test could be given in the meantime."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+            return listener.getsockname()[1]
 
 
 def fresh_script(script: Path, arguments: list[str], env: dict[str, str], stdout: TextIO, stderr: TextIO):
