@@ -361,6 +361,5 @@ def check_weights_stay(model: Any) -> None:
     if generated != [float(p.double().abs().sum()) for p in model.parameters()]:
         raise ValueError(
             f"TransformersRollout: {type(_inner(model)).__name__} changes its weights in place in evaluation mode, so "
-            "what is saved or sent after a rollout would not be what was trained: switch that off in its config "
-            "(RWKV: rescale_every=0)"
+            "what is saved or sent after a rollout would not be what was trained: switch that off in its config"
         )
