@@ -35,6 +35,7 @@ from lightrft_lightning.experience.trajectory import Completion, FinishReason, S
 from lightrft_lightning.models.attention import without_flex_attention
 from lightrft_lightning.models.layers import evaluating, uncompiled
 from lightrft_lightning.models.outputs import plain_outputs
+from lightrft_lightning.models.rope import length_limit
 from lightrft_lightning.models.tokens import end_ids
 
 if TYPE_CHECKING:
@@ -355,7 +356,9 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any) -> None:
-    window = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "max_position_embeddings", None) or math.inf
+    same, kind = length_limit(text) or (math.inf, "")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} has no tokens: the model needs at least one to start from")
@@ -364,6 +367,12 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is "
                 f"{len(prompt) + max_new_tokens}, and the model has positions for {window} "
                 "(max_position_embeddings). Shorten the prompt or lower max_new_tokens."
+            )
+        if len(prompt) + max_new_tokens > same:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} that is "
+                f"{len(prompt) + max_new_tokens}, and beyond {same} the positions of the model's rope_type={kind!r} "
+                "depend on the whole text and on those beside it. Shorten the prompt or lower max_new_tokens."
             )
 
 

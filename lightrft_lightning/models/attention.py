@@ -45,13 +45,27 @@ def known_problem(model: Any, implementation: str, device: torch.device) -> str 
     """What keeps `model` from being trained right with a kernel; None: nothing that is known beforehand."""
     if implementation == FLEX:
         return flex_problem(model, device)
-    return sdpa_problem(model) if implementation == "sdpa" else None
+    known = {"sdpa": sdpa_problem, "eager": eager_problem}.get(implementation)
+    return None if known is None else known(model)
 
 
 def sdpa_problem(model: Any) -> str | None:
     """What the model does to attention that ``sdpa`` leaves out without a word; None: nothing that is known."""
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return None if cap is None else f"it leaves out the model's attn_logit_softcapping={cap}"
+
+
+def eager_problem(model: Any) -> str | None:
+    """What ``eager`` computes otherwise than the model is; None: nothing that is known."""
+    config = model.config.get_text_config()
+    # Falcon, the only class with such a bias that has two kernels, adds it to the mask and in this one to the scores.
+    twice = getattr(config, "alibi", False) and getattr(model, "_supports_sdpa", False)
+    return f"it adds the model's alibi={config.alibi} twice" if twice else None
+
+
+def plain_kernel(model: Any) -> str:
+    """The kernel that other ones are compared with."""
+    return "eager" if eager_problem(model) is None else "sdpa"
 
 
 def dense_kernel(model: Any) -> str:

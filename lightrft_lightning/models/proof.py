@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
-from lightrft_lightning.models.attention import FLEX, known_problem, prefers_flex, use_kernel
+from lightrft_lightning.models.attention import FLEX, known_problem, plain_kernel, prefers_flex, use_kernel
 from lightrft_lightning.models.layers import evaluating, uncompiled
 from lightrft_lightning.models.logprobs import completion_logprobs, pretrained_part
 from lightrft_lightning.models.outputs import plain_outputs
@@ -198,7 +198,7 @@ class Proof:
         for other in [kernel, *others] if self.share_prompts else ():
             if self.mistake(model, exact, other, share=False) is None:
                 return "set share_prompts=False" + (f" and attn_implementation={other!r}" if other != kernel else "")
-        if self.mistake(model, exact, "eager", share=False, alone=True) is None:
+        if self.mistake(model, exact, plain_kernel(inner), share=False, alone=True) is None:
             return "nothing, as what the model says of a text depends on the other texts of a pass; take shorter ones"
         return "nothing, as the model says something else than by itself also of a text alone"
 
@@ -241,7 +241,7 @@ class Proof:
         """
         inner, device = pretrained_part(model), self.strategy.root_device
         before, values, size = inner.config._attn_implementation, [], 0.0
-        use_kernel(inner, "eager")
+        use_kernel(inner, plain_kernel(inner))
         context = torch.autocast(device.type, enabled=False) if precision is None else precision()
         try:
             with untouched(model), uncompiled(model), context:

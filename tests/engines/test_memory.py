@@ -104,3 +104,14 @@ def test_the_weights_of_a_model_that_scales_them_in_evaluation_mode_stay():
     before = {name: p.clone() for name, p in model.named_parameters()}
     connected(model).generate([[5, 6]], SamplingParams(n=1, max_new_tokens=2))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_texts_whose_positions_depend_on_their_neighbours_are_refused():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    engine = connected(tiny_model("phi3", original_max_position_embeddings=16, rope_parameters=rope))
+    engine.generate([[3, 4, 5]], SamplingParams(n=1, max_new_tokens=13))
+    with pytest.raises(
+        ValueError, match=r"is 17, and beyond 16 the positions of the model's rope_type='longrope'"
+    ):
+        engine.generate([[3, 4, 5]], SamplingParams(n=1, max_new_tokens=14))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from training import PROMPTS, make_data, make_module, make_trainer, weights_of
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MambaConfig, MistralConfig, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    RobertaConfig,
+)
 
 from lightrft_lightning import PromptDataModule, RewardModule, SamplingParams, SFTModule, TransformersRollout
 from lightrft_lightning.callbacks.rollout import DriftError
@@ -57,6 +65,14 @@ def test_a_cap_that_a_kernel_leaves_out_is_found(fit, monkeypatch, caplog):
         fit(model_of(GEMMA2), attn_implementation="sdpa")
     module = fit(model_of(GEMMA2), attn_implementation="sdpa", check_numerics=False)
     assert module.actor.config._attn_implementation == "sdpa"
+
+
+def test_a_bias_that_the_plain_kernel_adds_twice_is_known(fit):
+    config = FalconConfig(**SMALL, alibi=True, multi_query=False, parallel_attn=False)
+    module = fit(model_of(config), share_prompts=False)
+    assert module.actor.config._attn_implementation == "sdpa"
+    with pytest.raises(RuntimeError, match=r"'eager': it adds the model's alibi=True twice"):
+        fit(model_of(config), share_prompts=False, attn_implementation="eager")
 
 
 def test_a_named_kernel_that_leaves_something_out_is_refused(fit):
