@@ -54,6 +54,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "bookkeeping": (["bookkeeping.py"], ["--prompts", "2", "--iterations", "1", "--longest", "16"]),
     "rollout": (["rollout.py"], ["--rounds", "1", "--max-new-tokens", "4", "--n", "2"]),
     "weight_sync": (["weight_sync.py", "--buckets", "128"], ["--rounds", "1"]),
+    "families": (["families.py"], ["--only", "llama"]),
     "strategies": (["strategies.py"], ["--rounds", "2", "--only", "lightrft_fake", "lightrft_fsdp"]),
     "plan": (["plan.py"], ["--only", "plain", "--small"]),
     "parity": (["parity.py"], ["--steps", "2", "--iterations", "1", "--only", "lightrft_fsdp"]),

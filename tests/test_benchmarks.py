@@ -29,11 +29,21 @@ def test_every_result_and_every_script_is_part_of_it():
 
 def test_it_runs_and_keeps_nothing_of_a_smoke_run():
     before = {p: p.stat().st_mtime_ns for p in (FOLDER / "results").iterdir()}
-    command = [sys.executable, FOLDER / "all.py", "--smoke", "--only", "packing", "one_step_off"]
+    command = [sys.executable, FOLDER / "all.py", "--smoke", "--only", "packing", "one_step_off", "families"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("exit code 0") == 2 and "| generation / training | staleness |" in done.stdout
+    assert done.stdout.count("exit code 0") == 3 and "| generation / training | staleness |" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in (FOLDER / "results").iterdir()} == before
+
+
+def test_every_family_of_the_page_is_right_or_refused():
+    rows = json.loads((FOLDER / "results" / "families.json").read_text())["rows"]
+    page = (FOLDER.parent / "docs" / "models.md").read_text()
+    assert len(rows) >= 65 and page.count("\n| ") == len(rows) + 2
+    for row in rows:
+        told = " ".join(map(str, row.values()))
+        assert f"| {row['family']} | " in page and "OFF" not in told and "FAILED" not in told
+        assert row["why"] or "refused" not in told
 
 
 def test_a_benchmark_that_fails_is_named_at_the_end(monkeypatch):

@@ -111,7 +111,5 @@ def test_texts_whose_positions_depend_on_their_neighbours_are_refused():
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     engine = connected(tiny_model("phi3", original_max_position_embeddings=16, rope_parameters=rope))
     engine.generate([[3, 4, 5]], SamplingParams(n=1, max_new_tokens=13))
-    with pytest.raises(
-        ValueError, match=r"is 17, and beyond 16 the positions of the model's rope_type='longrope'"
-    ):
+    with pytest.raises(ValueError, match=r"is 17, and beyond 16 the positions of the model's rope_type='longrope'"):
         engine.generate([[3, 4, 5]], SamplingParams(n=1, max_new_tokens=14))
