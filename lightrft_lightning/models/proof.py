@@ -320,7 +320,7 @@ def least_exact_of(*dtypes: torch.dtype | None) -> torch.dtype:
 def some_of(trajectories: Sequence[Trajectory], device: torch.device) -> list[Trajectory]:
     """Shortest, longest and others of different lengths, as many as are scored in moments."""
     by_length = sorted(trajectories, key=lambda t: len(t.prompt.token_ids) + len(t.completion.token_ids))
-    room = 4 * _LONGEST.get(device.type, 1024)
+    room = 2 * _LONGEST.get(device.type, 1024)
     found: list[Trajectory] = []
     for i in spread(len(by_length)):
         t = by_length[i]

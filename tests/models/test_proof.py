@@ -211,5 +211,5 @@ def test_longest_and_shortest_samples_are_compared_first():
     some = some_of(many, torch.device("cpu"))
     lengths = [len(t.completion.token_ids) for t in some]
     assert lengths[:2] == [150, 4] and len(set(lengths)) == 3
-    assert sum(60 + n for n in lengths) <= 1024
+    assert sum(60 + n for n in lengths) <= 512
     assert some_of([], torch.device("cpu")) == []
