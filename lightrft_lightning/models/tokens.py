@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 _ANSWER = "the answer"
 
 
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer, or that inside of a processor for several kinds of input."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 # ------------------------------------------------------------------------------------------------------------- the end
 
 
@@ -27,9 +32,10 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
     Args:
         model: a Hugging Face model, what `load_model` takes, or None.
-        tokenizer: of the model.
+        tokenizer: of the model, or its processor.
     """
     ids: set[int] = set()
+    tokenizer = text_tokenizer(tokenizer)
     for value in (*_of_configs(model), tokenizer.eos_token_id, turn_end(tokenizer)):
         if value is not None:
             ids.update([value] if isinstance(value, int) else value)
@@ -118,6 +124,7 @@ def check_ids(texts: Iterable[tuple[str, Sequence[int]]], size: int | None, toke
     """
     if size is None:
         return
+    tokenizer = text_tokenizer(tokenizer)
     for where, ids in texts:
         wrong = next((i for i in ids if not 0 <= i < size), None)
         if wrong is None:
@@ -162,10 +169,11 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = T
     behind a text is left out, since nothing could follow it.
 
     Args:
-        tokenizer: any.
+        tokenizer: any, or a processor.
         texts: rendered.
         special_tokens: whether the tokenizer adds its own; not to what a chat template has written.
     """
+    tokenizer = text_tokenizer(tokenizer)
     rows = (
         [list(row) for row in tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]] if texts else []
     )

@@ -19,7 +19,7 @@ from lightrft_lightning import (
     TransformersRollout,
 )
 from lightrft_lightning.models.tiny import char_tokenizer
-from lightrft_lightning.models.tokens import embedded_ids, end_ids, prompt_ids, tell_added_ids, turn_end
+from lightrft_lightning.models.tokens import check_ids, embedded_ids, end_ids, prompt_ids, tell_added_ids, turn_end
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz? "
 TEMPLATE = (
@@ -121,6 +121,21 @@ def test_the_end_of_a_turn_is_the_token_behind_the_answer(template, end):
 
 
 # ---- ids that there are
+
+
+def test_a_processor_is_asked_through_the_tokenizer_inside_of_it():
+    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
+
+    tokenizer = char_tokenizer(ALPHABET)
+    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    processor = Idefics3Processor(Idefics3ImageProcessorPil(), tokenizer, image_seq_len=4)
+    assert end_ids(None, processor) == {tokenizer.eos_token_id}
+    assert prompt_ids(processor, ["ab"]) == prompt_ids(tokenizer, ["ab"])
+    with pytest.raises(
+        ValueError, match=f"token {tokenizer.convert_tokens_to_ids('z')} ..z.., the model has embeddings"
+    ):
+        check_ids([("prompt 0", tokenizer("z")["input_ids"])], 5, processor)
 
 
 def test_ids_without_an_embedding_are_refused_before_anything_is_generated():
