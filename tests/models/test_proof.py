@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from lightrft_lightning import PromptDataModule, RewardModule, SamplingParams, S
 from lightrft_lightning.callbacks.rollout import DriftError
 from lightrft_lightning.engines import memory
 from lightrft_lightning.models import attention, logprobs, rope
-from lightrft_lightning.models.proof import apart, made_up_texts, some_of
+from lightrft_lightning.models.attention import FLEX
+from lightrft_lightning.models.proof import Proof, apart, made_up_texts, some_of
 from lightrft_lightning.models.tiny import char_tokenizer
+from lightrft_lightning.strategies.fake import FakeStrategy
 
 SMALL = {
     "vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -178,6 +181,13 @@ def test_training_on_given_texts_is_proven_too(tmp_path, monkeypatch, caplog, ki
         without.setattr(logprobs, "shared_prompt_masks", lambda config, batch, *args: batch.attention_mask(*args))
         with pytest.raises(RuntimeError, match="set share_prompts=False"):
             fit(MistralConfig(**SMALL, sliding_window=6))
+
+
+def test_the_compiled_kernel_gives_the_log_probabilities_of_the_plain_one(tiny_model):
+    texts = made_up_texts([range(3, 40), range(3, 12)], tiny_model.config.vocab_size, longest=96, new=60)
+    proof = Proof(FakeStrategy(), nullcontext, texts, share_prompts=True, token_budget=1000)
+    found, exact = proof.as_trained(tiny_model, FLEX, True, False), proof.exactly(tiny_model)
+    assert (found - exact.values).abs().max() < 1e-5
 
 
 def test_one_token_that_is_far_off_is_no_difference_but_few_late_ones_are():
