@@ -7,6 +7,7 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightrft_lightning.callbacks import ExportModel, Summary
+from lightrft_lightning.rewards.watch import NoRewardError
 
 VALIDATION = r"validation reward (\d\.\d{3}) -> (\d\.\d{3})"
 
@@ -80,11 +81,17 @@ def test_one_iteration_and_no_reward(fit, capsys):
     fit(Summary(), limit_train_batches=1, limit_val_batches=0)
     assert re.match(r"Done: training reward \d\.\d{3}, 1 iteration, ", last_line(capsys))
 
+    fit(Summary(), max_epochs=0)
+    assert last_line(capsys).startswith("Done: no reward, 0 iterations, ")
+
+
+def test_not_after_a_run_without_any_reward(fit, capsys):
     def fails(completion):
         raise RuntimeError
 
-    fit(Summary(), rewards=fails, limit_train_batches=1)
-    assert last_line(capsys).startswith("Done: no reward, 1 iteration, ")
+    with pytest.raises(NoRewardError):
+        fit(Summary(), rewards=fails, limit_train_batches=1)
+    assert "iteration" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_counts_from_its_beginning(fit, capsys, tmp_path):

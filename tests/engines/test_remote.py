@@ -147,7 +147,9 @@ def test_a_tensor_above_the_servers_limit_is_named_before_it_is_sent(strategy, r
 
 
 def test_prompts_that_the_engine_refuses_are_quoted(remote):
-    with pytest.raises(EngineError, match=r"Lossy\('transformers'\): http.*status 400: prompts\[0\]=\[99\]"):
+    with pytest.raises(EngineError, match=r"Lossy\('transformers'\): http.*status 400: prompt 0 has 1000 tokens"):
+        remote.generate([[5] * 1000], SAMPLING)
+    with pytest.raises(ValueError, match="prompt 0 holds token 99, the model has embeddings for 16"):
         remote.generate([[99]], SAMPLING)
 
 

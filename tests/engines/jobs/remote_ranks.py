@@ -61,7 +61,9 @@ def check_updates_arrive_from_shards():
 
 
 def check_an_error_of_rank_0_is_everyones():
-    with pytest.raises(EngineError, match=r"status 400: prompts\[0\]=\[99\]"):
+    with pytest.raises(EngineError, match=r"status 400: prompt 0 has 1000 tokens"):
+        ENGINE.generate([[5] * 1000] if RANK == 0 else [], SAMPLING)
+    with pytest.raises(ValueError, match="prompt 0 holds token 99"):
         ENGINE.generate([[99]] if RANK == 0 else [], SAMPLING)
 
 
