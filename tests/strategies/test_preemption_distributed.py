@@ -41,14 +41,15 @@ def test_runs_that_are_preempted_at_random_moments_do_what_one_run_does(chains):
 
 
 def test_all_that_ends_a_run_is_told_once(chains):
-    for name in ("slurm", "two, the second, slurm"):
+    """A signal before the first batch finds nothing to save; the job is queued again in any case."""
+    for name, where in (("slurm", r"hpc_ckpt_\d"), (SOME[0], "checkpoints/last"), (SOME[2], r"hpc_ckpt_\d")):
         ended = sum(codes[0] == 143 for _, codes in chains[name]["codes"])
-        assert len(re.findall(r"^SIGUSR1.*: the run ends after this iteration", chains[name]["errors"], re.M)) == ended
-        assert len(re.findall(r"^SIGUSR1: saved .*hpc_ckpt_\d\.ckpt$", chains[name]["errors"], re.M)) == ended
-        assert len(re.findall(r"^job 7 is queued again", chains[name]["errors"], re.M)) == ended
+        told = ["the run ends after this iteration", rf"(saved .*{where}\.ckpt|nothing to save has happened)"]
+        told += ["job 7 is queued again"] * ("slurm" in name)
+        for line in told:
+            assert len(re.findall(rf"^.*{line}", chains[name]["errors"], re.M)) == ended, (name, line)
     assert chains["requeued"] == "requeue 7\n" * chains["requeued"].count("\n") != ""
-    assert "SIGUSR1 on another rank: the run ends after this iteration" in chains["two, the second, slurm"]["errors"]
-    assert re.search(r"^SIGTERM: saved .*checkpoints/last\.ckpt$", chains[SOME[0]]["errors"], re.M)
+    assert "SIGUSR1 on another rank: the run ends after this iteration" in chains[SOME[2]]["errors"]
     assert not any("RankFailedError" in chain["errors"] for name, chain in chains.items() if name in SOME)
 
 
