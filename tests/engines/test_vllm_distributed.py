@@ -35,7 +35,9 @@ def results(run_ranks, tmp_path_factory):
             script, *arguments = job
             folder = tmp_path_factory.mktemp(script)
             env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
-            run_ranks(FOLDER / f"{script}.py", folder, *arguments, world_size=JOBS[job], timeout=280, env=env)
+            # Fresh: vLLM's shared memory has one name in all jobs, and goes with the end of an interpreter only.
+            options = {"world_size": JOBS[job], "timeout": 280, "env": env, "preloaded": False}
+            run_ranks(FOLDER / f"{script}.py", folder, *arguments, **options)
             cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(JOBS[job])]
         return cache[job]
 

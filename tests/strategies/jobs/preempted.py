@@ -104,6 +104,7 @@ class Strike(pl.Callback):
             timer = threading.Timer(value, self.strike)
             timer.daemon = True
             timer.start()
+            self.on_train_end = lambda *args: timer.cancel()  # behind the run a signal ends the process, as it should
         else:
             count = iter(range(10**6))
             setattr(self, name, lambda *args: self.strike() if next(count) == value else None)
