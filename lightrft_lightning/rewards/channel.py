@@ -86,7 +86,7 @@ class Channel:
         except BlockingIOError:
             return True
         except OSError:
-            pass
+            return False  # the other side has gone, too
         return False
 
     def _read(self, size: int, end: float | None) -> bytes:
