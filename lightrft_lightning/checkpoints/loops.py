@@ -23,7 +23,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightrft_lightning.checkpoints import claim, epoch_sums
+from lightrft_lightning.checkpoints import claim, epoch_sums, stopping
 from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
 
 BATCH_END, AFTER_VALIDATION = "batch end", "after validation"
@@ -219,6 +219,8 @@ class FitLoop(_FitLoop):
     _extra: Mapping[str, Any] = {}
     own: Mapping[str, Any] = {}
     """What `own_state` was on this rank."""
+    patience: Mapping[int, int] = {}
+    """See `stopping.given_patience`."""
 
     def own_state(self) -> dict[str, Any]:
         """What a rank has of its own: its random state, that of its data's order, and what it has logged so far."""
@@ -250,6 +252,8 @@ class FitLoop(_FitLoop):
     def run(self) -> None:
         strategy: Any = self.trainer.strategy
         with claim.claimed(self.trainer, strategy._join_ranks()):
+            if self.position is not None:
+                stopping.take_up(self.trainer, self.patience, self._saved_metrics("callback_metrics"))
             super().run()
 
     # ---------------------------------------------------------------- saving
@@ -323,10 +327,12 @@ class FitLoop(_FitLoop):
         self._resuming_from_checkpoint = epoch_loop.resumed = self.position.in_epoch
         if self.position.in_epoch and not self.position.is_last:
             self._count_batches()
-        device = self.trainer.strategy.root_device
-        for name, values in self._extra.get("metrics", {}).items():
-            metrics = {k: torch.tensor(v, dtype=getattr(torch, kind), device=device) for k, (v, kind) in values.items()}
-            getattr(self.trainer._logger_connector, f"_{name}").update(metrics)
+        for name in self._extra.get("metrics", {}):
+            getattr(self.trainer._logger_connector, f"_{name}").update(self._saved_metrics(name))
+
+    def _saved_metrics(self, name: str) -> dict[str, torch.Tensor]:
+        values, device = self._extra.get("metrics", {}).get(name, {}), self.trainer.strategy.root_device
+        return {k: torch.tensor(v, dtype=getattr(torch, kind), device=device) for k, (v, kind) in values.items()}
 
     def _count_batches(self) -> None:
         """With another batch size or number of ranks, what is done of the epoch is another number of batches."""

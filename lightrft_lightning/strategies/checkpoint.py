@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft_lightning.checkpoints import folder, loops, state, store, trainer_state
+from lightrft_lightning.checkpoints import folder, loops, state, stopping, store, trainer_state
 from lightrft_lightning.checkpoints.background import Background
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
@@ -333,6 +333,7 @@ class Checkpoints:
             )
         if module is not None and fitting and isinstance(module.trainer.fit_loop, loops.FitLoop):
             module.trainer.fit_loop.own = checkpoint.get("lightrft_own", {})
+            module.trainer.fit_loop.patience = stopping.given_patience(module.trainer)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
