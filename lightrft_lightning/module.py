@@ -653,18 +653,7 @@ class RLHFModule(Update):
         self._keep_start()
         prompts = getattr(self.trainer.datamodule, "train_prompts", None)  # type: ignore[attr-defined]
         longest = max((len(p.token_ids) for p in prompts or ()), default=0) + self.sampling.max_new_tokens
-        limits = {
-            "token_budget": self.token_budget,
-            "max_length": self.max_length,
-            **length_limits(self.actor.config),  # type: ignore[union-attr]
-        }
-        for name, limit in limits.items():
-            if limit is not None and longest > limit:
-                raise ValueError(
-                    f"the longest prompt and max_new_tokens={self.sampling.max_new_tokens} make {longest} tokens, "
-                    f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
-                    + (", or raise token_budget" if name == "token_budget" else "")
-                )
+        self._check_lengths(prompts or ())
         self._say_what_is_off()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("train", "val"):
@@ -673,6 +662,26 @@ class RLHFModule(Update):
         self.rewards.check_data(prompts or ())
         self._rollout_is_proven = not self.check_numerics
         self._prove_layout(longest)
+
+    def _check_lengths(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that are too long together with what may be sampled for them."""
+        of_model = length_limits(self.actor.config)  # type: ignore[union-attr]
+        of_training = {"token_budget": self.token_budget, "max_length": self.max_length, **of_model}
+        validated = getattr(self.trainer.datamodule, "val_prompts", None) or ()  # type: ignore[attr-defined]
+        if isinstance(validated, Mapping):
+            validated = [prompt for of_one in validated.values() for prompt in of_one]
+        for what, texts, sampling, limits in (
+            ("", prompts, self.sampling, of_training),
+            ("val_sampling.", validated, self.val_sampling, of_model),
+        ):
+            longest = max((len(p.token_ids) for p in texts), default=0) + sampling.max_new_tokens
+            for name, limit in limits.items():
+                if limit is not None and longest > limit and (texts or not what):
+                    raise ValueError(
+                        f"the longest prompt and {what}max_new_tokens={sampling.max_new_tokens} make {longest} tokens, "
+                        f"{name} is {limit}: shorten the prompts (max_prompt_length) or the completions"
+                        + (", or raise token_budget" if name == "token_budget" else "")
+                    )
 
     # ---------------------------------------------------------------- checkpoints
 

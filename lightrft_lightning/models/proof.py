@@ -7,6 +7,7 @@ plainest computation there is: one text at a time, ``model(input_ids=...)`` and 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import random
@@ -21,9 +22,17 @@ from torch import Tensor
 
 from lightrft_lightning.experience.packing import pack
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
-from lightrft_lightning.models.attention import FLEX, known_problem, plain_kernel, prefers_flex, use_kernel
+from lightrft_lightning.models.attention import (
+    FLEX,
+    dense_kernel,
+    known_problem,
+    plain_kernel,
+    prefers_flex,
+    use_kernel,
+)
 from lightrft_lightning.models.layers import evaluating, uncompiled
 from lightrft_lightning.models.logprobs import completion_logprobs, pretrained_part
+from lightrft_lightning.models.long_texts import named_length, texts_beyond
 from lightrft_lightning.models.outputs import plain_outputs
 from lightrft_lightning.models.scalar import completion_hidden, has_scalar_head, plain_hidden
 
@@ -81,9 +90,7 @@ def made_up_texts(
         pad: id of the padding token, which is left out: models may hide it.
     """
     rng = random.Random(0)
-    known = [token for token in chain(*prompts) if token != pad and token < vocabulary]
-    others = [token for token in range(vocabulary) if token != pad] or [0]
-    pool = known if len(set(known)) >= 16 else known + rng.choices(others, k=64)
+    pool = _tokens(prompts, vocabulary, pad)
     lengths = [min(len(ids), max(1, longest // 2)) for ids in prompts if len(ids)] or [max(1, longest // 2)]
     texts = []
     for group, length in enumerate((max(lengths), min(lengths))):
@@ -93,6 +100,12 @@ def made_up_texts(
             ids = tuple(rng.choices(pool, k=count))
             texts.append(Trajectory(prompt, Completion(ids, (0.0,) * count, "length"), group))
     return texts
+
+
+def _tokens(prompts: Sequence[Sequence[int]], vocabulary: int, pad: int | None) -> list[int]:
+    known = [token for token in chain(*prompts) if token != pad and token < vocabulary]
+    others = [token for token in range(vocabulary) if token != pad] or [0]
+    return known if len(set(known)) >= 16 else known + random.Random(0).choices(others, k=64)
 
 
 class Exact(NamedTuple):
@@ -241,12 +254,14 @@ class Proof:
         """
         inner, device = pretrained_part(model), self.strategy.root_device
         before, values, size = inner.config._attn_implementation, [], 0.0
-        use_kernel(inner, plain_kernel(inner))
+        short = _LONGEST.get(device.type, 1024)
         context = torch.autocast(device.type, enabled=False) if precision is None else precision()
         try:
             with untouched(model), uncompiled(model), context:
                 for text in self.texts:
                     ids = torch.tensor([text.prompt.token_ids + text.completion.token_ids], device=device)
+                    # The matrix of a long text's scores would take gigabytes under the plain kernel.
+                    use_kernel(inner, plain_kernel(inner) if ids.shape[1] <= short else dense_kernel(inner))
                     value, its_size = self._plainly(model, ids, len(text.prompt.token_ids))
                     values.append(value.cpu())
                     size = max(size, its_size)
@@ -258,14 +273,16 @@ class Proof:
         """Of one text, and the size of its logits."""
         if has_scalar_head(model):
             return plain_hidden(model, ids)[prompt - 1 : -1].float(), 0.0
-        with plain_outputs(pretrained_part(model)):
-            logits = model(input_ids=ids, use_cache=False).logits
         target = ids[0, prompt:]
+        parameters = inspect.signature(pretrained_part(model).forward).parameters
+        kept = {"logits_to_keep": len(target) + 1} if "logits_to_keep" in parameters else {}
+        with plain_outputs(pretrained_part(model)):
+            logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -len(target) - 1 : -1]
         temperature = self.temperature(torch.arange(len(target), device=ids.device))
         temperature = torch.as_tensor(temperature, device=ids.device).expand(len(target))
         values, size = [], 0.0
         for part in torch.arange(len(target), device=ids.device).split(128):  # a vocabulary may be large
-            of_part = logits[0, prompt - 1 + part].float() / temperature[part, None]
+            of_part = logits[part].float() / temperature[part, None]
             total = of_part.logsumexp(-1)
             values.append(of_part.gather(-1, target[part, None])[:, 0] - total)
             size = max(size, float(total.abs().max()))
@@ -292,8 +309,11 @@ def proof_of_run(
     """
     strategy, config = module.strategy, model.config.get_text_config()
     first: list[Sequence[int]] = strategy.gather_objects([tuple(ids) for ids in prompts[:_PROMPTS]])[0]
-    limit = min(longest, module.token_budget, _LONGEST.get(strategy.root_device.type, 1024))
-    texts = made_up_texts(first, config.vocab_size, limit, new, getattr(config, "pad_token_id", None))
+    most, short = min(longest, module.token_budget), _LONGEST.get(strategy.root_device.type, 1024)
+    pad = getattr(config, "pad_token_id", None)
+    texts = made_up_texts(first, config.vocab_size, min(most, short), new, pad)
+    if (length := named_length(config, short, most)) is not None:
+        texts += texts_beyond(length, most, _tokens(first, config.vocab_size, pad), group=2)
     precision = module.trainer.precision_plugin.train_step_context
     return Proof(
         strategy, precision, texts, module.share_prompts, module.token_budget, temperature, module.check_numerics

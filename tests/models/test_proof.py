@@ -90,6 +90,14 @@ def test_a_window_that_the_layout_does_not_have_is_found(fit, monkeypatch):
         fit(model_of(MistralConfig(**SMALL, sliding_window=8)))
 
 
+def test_what_begins_beyond_the_short_texts_is_found_if_the_run_goes_there(fit, monkeypatch):
+    config = MistralConfig(**{**SMALL, "max_position_embeddings": 1024}, sliding_window=300)
+    assert fit(model_of(config), sampling=SamplingParams(n=2, max_new_tokens=330)).iteration == 1
+    monkeypatch.setattr(logprobs, "shared_prompt_masks", lambda config, batch, *args: batch.attention_mask(*args))
+    with pytest.raises(RuntimeError, match=r"off by .* \(the policy\). What to do: set share_prompts=False"):
+        fit(model_of(config), sampling=SamplingParams(n=2, max_new_tokens=330))
+
+
 def test_positions_that_begin_elsewhere_are_found(fit):
     config = RobertaConfig(**{**SMALL, "is_decoder": True, "max_position_embeddings": 130})
     with pytest.raises(RuntimeError, match="set share_prompts=False"):
@@ -101,7 +109,10 @@ def test_positions_by_the_longest_text_of_a_pass_are_found(fit, monkeypatch):
     model = model_of(LlamaConfig(**SMALL, rope_parameters=longrope))
     with pytest.raises(ValueError, match=r"rope_type='longrope' begin to depend on the length of the whole text is 12"):
         fit(model)
-    assert fit(model, sampling=SamplingParams(n=2, max_new_tokens=8)).iteration == 1
+    few = SamplingParams(n=2, max_new_tokens=8)
+    assert fit(model, sampling=few).iteration == 1
+    with pytest.raises(ValueError, match=r"val_sampling\.max_new_tokens=24 make .* depend on the length"):
+        fit(model, sampling=few, val_sampling=SamplingParams(max_new_tokens=24))
     monkeypatch.setattr(rope, "length_limit", lambda config: None)
     with pytest.raises(RuntimeError, match="depends on the other texts of a pass"):
         fit(model)
