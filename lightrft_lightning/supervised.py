@@ -273,6 +273,12 @@ class SupervisedModule(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         check_strategy(self)
+        validated = getattr(self.trainer.datamodule, "val_prompts", None)  # type: ignore[attr-defined]
+        if isinstance(validated, Mapping):
+            raise ValueError(
+                f"PromptDataModule(val=...) has the sets {', '.join(map(repr, validated))}: {type(self).__name__} "
+                "takes one, so put them together or leave the others out"
+            )
 
     @override
     def configure_model(self) -> None:

@@ -276,6 +276,7 @@ def test_bad_settings_and_data(tmp_path):
         ({"token_budget": 8}, {}, "takes 11 tokens of a pass, token_budget is 8"),
         ({"token_budget": 15, "share_prompts": False}, {}, "takes 18 tokens of a pass, token_budget is 15"),
         ({}, {"completion_columns": ["chosen"]}, "comes with 1 texts"),
+        ({}, {"val": {"a": ROWS, "b": ROWS}}, "has the sets 'a', 'b': RewardModule takes one"),
         ({}, {"train": ROWS[:3] + [{"prompt": "1", "chosen": "1"}]}, "row 3: unknown column 'rejected'"),
     ):
         with pytest.raises(ValueError, match=message):
