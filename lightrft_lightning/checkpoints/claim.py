@@ -11,8 +11,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightrft_lightning.checkpoints import folder, owners
+from lightrft_lightning.checkpoints import folder, owners, trainer_state
 from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.checkpoints.store import Ranks
 
@@ -37,10 +38,24 @@ def claimed(trainer: pl.Trainer, ranks: Ranks) -> Iterator[None]:
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     saving = [c for c in callbacks if c.save_top_k != 0 or c.save_last]
     paths = {str(c.dirpath) for c in saving if not trainer.fast_dev_run}  # type: ignore[attr-defined]
+    if trainer.ckpt_path is None and trainer_state.asked_path() == "last" and ranks.rank == 0:
+        _tell_fresh_start([Path(str(c.dirpath)) for c in callbacks])
     with contextlib.ExitStack() as stack:
         for path in sorted(path for path in paths if "://" not in path):
             stack.enter_context(_claimed(Path(path), ranks, trainer.ckpt_path is not None))
         yield
+
+
+def _tell_fresh_start(paths: list[Path]) -> None:
+    """A job that is started again and again asks for the last checkpoint the first time, too."""
+    places = ", ".join(map(str, paths)) or "sight, as the Trainer has no ModelCheckpoint"
+    told = f'ckpt_path="last": there is no checkpoint in {places}. The run starts from the beginning'
+    # A logger makes a folder for each run, where no run finds what the one before has saved.
+    older = [found for path in paths for found in path.parent.parent.glob(f"version_*/{path.name}/*.ckpt")]
+    if older:
+        newest = max(older, key=lambda found: found.stat().st_mtime)
+        told += f", as this folder is new. An earlier run has left {newest}: give ModelCheckpoint a dirpath of its own"
+    (log.warning if older else rank_zero_info)(told)
 
 
 @contextlib.contextmanager

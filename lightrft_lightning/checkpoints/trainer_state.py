@@ -186,10 +186,21 @@ def asked_weights_only() -> bool | None:
 
     Lightning does not hand it on where checkpoints are restored after the strategy's setup.
     """
+    weights_only: bool | None = _argument(pl.Trainer._run, "weights_only")
+    return weights_only
+
+
+def asked_path() -> Any:
+    """What was given to ``Trainer.fit(ckpt_path=...)``; Lightning keeps only what it has found."""
+    return _argument(pl.Trainer.fit, "ckpt_path")
+
+
+def _argument(method: Any, name: str) -> Any:
+    """An argument of the call of `method` that is under way; None if there is none."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not pl.Trainer._run.__code__:
+    while frame is not None and frame.f_code is not method.__code__:
         frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("weights_only")
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def load_module(

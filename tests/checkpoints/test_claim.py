@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -73,3 +74,20 @@ def test_a_checkpoint_that_was_moved_aside_is_not_passed_over(tmp_path, monkeypa
     ):
         fit(tmp_path, "last")
     fit(tmp_path, "last")
+
+
+def test_a_run_that_asks_for_the_last_checkpoint_and_finds_none_says_that_it_begins(tmp_path, caplog):
+    caplog.set_level("INFO")
+    fit(tmp_path / "new" / "version_0" / "checkpoints", "last")
+    told = (
+        r'ckpt_path="last": there is no checkpoint in .*new.version_0.checkpoints\. The run starts from the beginning'
+    )
+    assert re.search(told, caplog.text)
+    caplog.clear()
+    fit(tmp_path / "new" / "version_1" / "checkpoints", "last")
+    assert re.search(
+        r"this folder is new. An earlier run has left .*version_0.*ckpt: give ModelCheckpoint a", caplog.text
+    )
+    caplog.clear()
+    fit(tmp_path / "new" / "version_1" / "checkpoints", "last")
+    assert "there is no checkpoint" not in caplog.text
