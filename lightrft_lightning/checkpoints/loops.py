@@ -263,6 +263,12 @@ class FitLoop(_FitLoop):
         state = super().on_save_checkpoint()
         here = Position.of(_progress(self))
         trainer, loader = self.trainer, self._combined_loader
+        if here.in_epoch and here.batches and not here.under_way and self.epoch_loop._should_accumulate():
+            rank_zero_warn(
+                f"a checkpoint in the middle of an accumulation (accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}): gradients that wait for the next batch are not part of it. A run "
+                "that goes on from it makes this optimizer step without them"
+            )
         if here.under_way and loader is not None:
             state["combined_loader"] = [_before_batch(one) for one in loader.flattened if isinstance(one, _Stateful)]
         hook = trainer.lightning_module._current_fx_name if trainer.lightning_module is not None else None

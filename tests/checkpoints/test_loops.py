@@ -134,3 +134,13 @@ def test_batches_without_an_optimizer_step_are_saved_too(tmp_path, settings, sav
     saved.clear()
     assert fit(3, ckpt_path=tmp_path / "last.ckpt").fit_loop.epoch_loop.batch_progress.total.completed == 12
     assert saved[-1] == {8: 12, 7: 10}[saved_at[-1]]
+
+
+def test_a_checkpoint_without_the_gradients_that_wait_says_so(tmp_path):
+    trainer = pl.Trainer(
+        strategy="lightrft_fake", accelerator="cpu", max_epochs=1, logger=False, accumulate_grad_batches=2,
+        val_check_interval=3, callbacks=[ModelCheckpoint(tmp_path, every_n_epochs=1)], enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"in the middle of an accumulation \(accumulate_grad_batches=2\)"):
+        trainer.fit(Toy("resumable"))
