@@ -25,6 +25,7 @@ from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
+from lightrft_lightning.models.merging import PREFIX
 from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
 from lightrft_lightning.models.remote_code import code_refused
 
@@ -199,10 +200,14 @@ def _outputs(
         config = {k: v for k, v in (described or {}).get("config", {}).items() if k != "quantization_config"}
         described = {**(described or {}), "config": config}
     if adapters:
+        # Models with adapters by their own `add_adapter` have names without what PEFT puts in front.
+        prefix = "" if any(name.startswith(PREFIX) for name in made) else PREFIX
+        made = {prefix + name: tensor for name, tensor in made.items()}
+        tied = {prefix + alias: prefix + name for alias, name in source.tied.items()}
         if lora == "merge":
-            made, described = merged(made, source.tied, described or {})
+            made, described = merged(made, tied, described or {})
         else:
-            made, content = alone(made, source.tied, described or {})
+            made, content = alone(made, tied, described or {}, {prefix + name for name in source.trained})
             described = {**(described or {}), "adapters": content}
     wanted = None if dtype is None else getattr(torch, dtype)
     return {name: _cast(info, make, wanted) for name, (info, make) in made.items()}, described

@@ -149,8 +149,12 @@ def test_lora(tmp_path, rslora):
         convert(str(tmp_path / "ckpt"), str(tmp_path / "x"), to="ckpt", lora="keep")
     model.add_adapter("second", settings)
     FakeStrategy().save_ckpt(model, tmp_path / "two")
-    with pytest.raises(ValueError, match="the adapters default, second: only one"):
-        convert(str(tmp_path / "two"), str(tmp_path / "x"))
+    convert(str(tmp_path / "two"), str(tmp_path / "first of two"))
+    assert torch.allclose(opened(tmp_path / "first of two")(IDS).logits, expected, atol=1e-5)
+    model.base_model.set_adapter(["default", "second"])
+    FakeStrategy().save_ckpt(model, tmp_path / "both")
+    with pytest.raises(ValueError, match="default, second are active together: none can be converted alone"):
+        convert(str(tmp_path / "both"), str(tmp_path / "x"), lora="keep")
 
 
 def test_lightrfts_fsdp_form(tmp_path):

@@ -219,6 +219,8 @@ def test_supervised_training_has_them_too(tmp_path, folder, settings):
         ({"quantization": "nf5", "lora": {}}, "unknown quantization 'nf5'. Did you mean 'nf4'"),
         ({"lora": {"rank": 4}}, r"lora=\{'rank': 4\}: unknown setting of peft.LoraConfig 'rank'"),
         ({"lora": {"r": 0}}, r"lora=\{'r': 0\}: "),
+        ({"lora": {"lora_alpha": 0}}, r"lora=\{'lora_alpha': 0\}: scaled by 0, .* set lora_alpha above 0"),
+        ({"lora": {"arrow_config": {}}}, r"lora=\{'arrow_config': \{\}\}: PEFT cannot apply it, AttributeError"),
     ],
 )
 def test_settings_that_are_refused(folder, settings, message):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints.flat import TensorInfo
-from lightrft_lightning.models.export import check_adapter_alone, tied_names, with_adapters
+from lightrft_lightning.models.export import check_adapter_alone, check_nothing_beside, tied_names, with_adapters
 from lightrft_lightning.models.merging import PREFIX, Unit, units, whole_shape
 
 Made = dict[str, tuple[TensorInfo, Callable[[], Tensor]]]
@@ -35,10 +35,10 @@ def merged(made: Made, tied: Mapping[str, str], described: Mapping[str, Any]) ->
     Raises:
         ValueError: adapters that cannot be merged, or that are not those of the tensors.
     """
-    plain, model, name = _built(described, {*made, *tied})
+    plain, model, names = _built(described, {*made, *tied})
     read = _Readers(made, tied, model)
     if strange := sorted({*made, *tied} - read.used):
-        raise ValueError(f"{strange[0]} is no tensor of a {type(plain).__name__} with the adapter {name!r}")
+        raise ValueError(f"{strange[0]} is no tensor of a {type(plain).__name__} with the adapter {', '.join(names)}")
     result: Made = {}
     found = units(model)
     inside = tuple(f"{unit.path}." for unit in found)
@@ -54,18 +54,23 @@ def merged(made: Made, tied: Mapping[str, str], described: Mapping[str, Any]) ->
     return _with_ties(result, plain, described)
 
 
-def alone(made: Made, tied: Mapping[str, str], described: Mapping[str, Any]) -> tuple[Made, dict[str, Any]]:
+def alone(
+    made: Made, tied: Mapping[str, str], described: Mapping[str, Any], trained: Iterable[str] = ()
+) -> tuple[Made, dict[str, Any]]:
     """The tensors of a PEFT folder, and the content of its ``adapter_config.json``.
 
     Args:
         made: as in `merged`, like
         tied: and
         described: are.
+        trained: names of what the checkpoint's optimizer steps.
 
     Raises:
         ValueError: an adapter that computes something else on the base model that it was made from.
     """
-    _, model, name = _built(described, {*made, *tied})
+    _, model, (name, *others) = _built(described, {*made, *tied})
+    if others:
+        raise ValueError(f"{', '.join([name, *others])} are active together: none can be converted alone, merge them")
     config = model.peft_config[name]
     check_adapter_alone({name: config})
     read = _Readers(made, tied, model)
@@ -74,6 +79,7 @@ def alone(made: Made, tied: Mapping[str, str], described: Mapping[str, Any]) -> 
     sources = {id(tensor): alias for alias, tensor in empty.items()}
     model.base_model_name_or_path = config.base_model_name_or_path = None  # no look at a hub for its size
     kept = import_extra("peft", "hf").get_peft_model_state_dict(model, state_dict=empty, adapter_name=name)
+    check_nothing_beside(trained, {key: sources[id(tensor)] for key, tensor in kept.items()})
     config = _config(described["adapters"][name])
     config.inference_mode = True
     with tempfile.TemporaryDirectory() as folder:
@@ -82,23 +88,36 @@ def alone(made: Made, tied: Mapping[str, str], described: Mapping[str, Any]) -> 
     return {key: read.of(sources[id(tensor)]) for key, tensor in kept.items()}, content
 
 
-def _built(described: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, Any, str]:
-    """The model without memory, another one with the adapter, and its name.
+def _built(described: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, Any, list[str]]:
+    """The model without memory, another one with the adapters, and the names of those that it computes with.
 
     Args:
-        described: class, config and adapters.
+        described: class, config, adapters and which of them are active.
         names: of all tensors.
     """
-    adapters = described["adapters"]
-    if len(adapters) != 1:
-        raise ValueError(f"the checkpoint holds the adapters {', '.join(adapters)}: only one can be converted")
-    ((name, settings),) = adapters.items()
-    config = _config(settings)
-    # PEFT takes the tied ones out of the list and would not find all of them again.
-    saved = {n.partition(f".modules_to_save.{name}.")[0] for n in names if f".modules_to_save.{name}." in n}
-    if saved:
-        config.modules_to_save = sorted(path.removeprefix(PREFIX) for path in saved)
-    return _plain(described), with_adapters(_plain(described), {name: config}), name
+    configs = {name: _config(settings) for name, settings in described["adapters"].items()}
+    active = described.get("active_adapters") or [*configs]
+    if len(configs) > 1 and "active_adapters" not in described:
+        raise ValueError(f"the checkpoint does not say which of the adapters {', '.join(configs)} are active")
+    names = list(names)
+    for name, config in configs.items():
+        # PEFT takes the tied ones out of the list and would not find all of them again.
+        saved = {n.partition(f".modules_to_save.{name}.")[0] for n in names if f".modules_to_save.{name}." in n}
+        if saved:
+            config.modules_to_save = sorted(path.removeprefix(PREFIX) for path in saved)
+    plain = _plain(described)
+    try:
+        model = with_adapters(_plain(described), configs)
+        if len(configs) > 1:
+            model.base_model.set_adapter(active)
+    except Exception as err:
+        kinds = ", ".join(sorted({config.peft_type.value for config in configs.values()}))
+        told = (str(err) or type(err).__name__).splitlines()[0]
+        raise ValueError(
+            f"PEFT cannot make adapters of kind {kinds} without weights: load the checkpoint into the model and use "
+            f"save_model ({told})"
+        ) from err
+    return plain, model, active
 
 
 def _config(settings: Mapping[str, Any]) -> Any:

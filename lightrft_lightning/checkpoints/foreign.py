@@ -32,11 +32,13 @@ class Source:
         path: the folder.
         infos: shape and dtype by name.
         tied: further names of tensors that are in `infos`.
+        trained: names of those that an optimizer has a state for, if that is known.
     """
 
     path: Path
     infos: dict[str, TensorInfo]
     tied: Mapping[str, str] = types.MappingProxyType({})
+    trained: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in CPU memory."""
@@ -54,6 +56,9 @@ class OwnFolder(Source):
         self._prefix = f"model.{module}." if module else "model."
         names = [name for name in stored.tensors if name.startswith(self._prefix)]
         self.infos = {name.removeprefix(self._prefix): stored.tensors[name] for name in names}
+        stepped = f"optimizer.{self._prefix.removeprefix('model.')}"
+        moments = {name.removeprefix(stepped).rpartition(".")[0] for name in stored.tensors if name.startswith(stepped)}
+        self.trained = frozenset(moments & self.infos.keys())
         inside = f"{module}." if module else ""
         self.tied = {
             alias.removeprefix(inside): name.removeprefix(inside)

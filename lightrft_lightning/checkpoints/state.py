@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError
+from lightrft_lightning.models.export import active_adapters
 
 _IMPLEMENTATION = {
     "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "bias_correction",
@@ -287,8 +288,8 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
-    adapters = getattr(module, "peft_config", None) if hasattr(module, "get_base_model") else None
-    base: Any = module.get_base_model() if adapters is not None else module  # type: ignore[operator]
+    adapters = getattr(module, "peft_config", None)
+    base: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
     config = getattr(base, "config", None)
     if not (hasattr(base, "save_pretrained") and hasattr(config, "to_json_string")):
         return None
@@ -297,6 +298,8 @@ def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
     if adapters is not None:
         plain = {name: adapter.to_dict() for name, adapter in adapters.items()}
         described["adapters"] = json.loads(json.dumps(plain, default=_plain))
+        if len(adapters) > 1:
+            described["active_adapters"] = active_adapters(module)
     return described
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def save_pretrained(
     if weights is None and (has_adapters(inner) and merge_lora):
         weights = {name: t.detach() for name, t in dequantized(inner, inner.named_parameters())}
     if has_adapters(inner) and not merge_lora:
-        check_adapter_alone(inner.peft_config)
+        _check_alone(inner)
     if weights is not None:
         inner = merged_copy(inner, weights) if merge_lora else whole_copy(inner, weights)
     write_folder(inner, tokenizer, output_dir)
@@ -74,7 +74,10 @@ def write_folder(inner: Any, tokenizer: Any, folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is no folder")  # transformers would log it and write nothing
     missing: dict[str, Exception] = {}
     try:
-        inner.save_pretrained(folder, safe_serialization=True)
+        if has_adapters(inner):
+            _write_adapter(inner, folder)
+        else:
+            inner.save_pretrained(folder, safe_serialization=True)
     except Exception as err:
         if has_adapters(inner) or isinstance(err, OSError):
             raise
@@ -199,6 +202,74 @@ def check_adapter_alone(configs: Mapping[str, Any]) -> None:
             )
 
 
+def _check_alone(inner: Any) -> None:
+    """Refuse a model whose one active adapter is not all that was trained."""
+    active = active_adapters(inner)
+    if len(active) != 1:
+        raise ValueError(
+            f"the adapters {', '.join(active)} are active together: only one can be saved alone, merge them"
+        )
+    check_adapter_alone({active[0]: inner.peft_config[active[0]]})
+    trained = {name for name, p in inner.named_parameters() if p.requires_grad}
+    check_nothing_beside(trained, parts_of_adapter(inner, active[0]))
+
+
+def active_adapters(inner: Any) -> list[str]:
+    """What a PEFT model, or a model of transformers with adapters in it, computes with.
+
+    Raises:
+        ValueError: neither knows about its adapters.
+    """
+    names = getattr(inner, "active_adapters", None)
+    try:
+        return list(names() if callable(names) else names)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as err:
+        raise ValueError(
+            f"the adapters were put into {type(inner).__name__} by hand, and it cannot save them alone: merge them, or "
+            "make the model with peft.get_peft_model or model.add_adapter"
+        ) from err
+
+
+def parts_of_adapter(inner: Any, name: str) -> dict[str, str]:
+    """Names of the tensors of an adapter in its file, and in the model."""
+    empty = {alias: torch.empty(0, device="meta") for alias in inner.state_dict()}
+    found = {id(tensor): alias for alias, tensor in empty.items()}
+    kept = import_extra("peft", "hf").get_peft_model_state_dict(
+        inner, state_dict=empty, adapter_name=name, save_embedding_layers=False
+    )
+    return {key: found[id(tensor)] for key, tensor in kept.items() if id(tensor) in found}  # PEFT adds some
+
+
+def check_nothing_beside(trained: Iterable[str], parts: Mapping[str, str]) -> None:
+    """Refuse to write an adapter alone if more than it was trained.
+
+    Args:
+        trained: names of parameters.
+        parts: as `parts_of_adapter`.
+
+    Raises:
+        ValueError: it was.
+    """
+    if beside := sorted({*trained} - {*parts.values()}):
+        raise ValueError(
+            f"{beside[0]} was trained and is no part of the adapter, which would be saved without it: merge it "
+            "(merge_lora=True, or lightrft convert --lora merge)"
+        )
+
+
+def _write_adapter(inner: Any, folder: Path) -> None:
+    """Write the active adapter where `from_pretrained` looks for it, whatever its name is."""
+    if not hasattr(inner, "get_base_model"):
+        inner.save_pretrained(folder)
+        return
+    (name,) = active_adapters(inner)
+    inner.save_pretrained(folder, selected_adapters=[name])
+    if name != "default":
+        for file in (folder / name).iterdir():
+            file.replace(folder / file.name)
+        (folder / name).rmdir()
+
+
 def merged_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
     """The model without PEFT in CPU memory, its adapters in its weights.
 
@@ -286,12 +357,15 @@ def whole_copy(inner: Any, weights: Mapping[str, Tensor]) -> nn.Module:
         weights: its whole parameters by name; the copy takes them over.
     """
     made = on_meta(inner)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if base is not inner:
+    if hasattr(inner, "get_base_model"):
         made = _with_adapters(made, inner)
+    elif has_adapters(inner):
+        for name, config in inner.peft_config.items():
+            made.add_adapter(_without_start(config), name)
+        made.set_adapter(active_adapters(inner))
     buffers = {n: b.detach().cpu() for n, b in inner.named_buffers() if n in made.state_dict()}
     made.load_state_dict({**buffers, **weights}, strict=False, assign=True)
-    (made.get_base_model() if base is not inner else made).tie_weights()
+    (made.get_base_model() if hasattr(inner, "get_base_model") else made).tie_weights()
     if left := [name for name, value in made.state_dict().items() if value.is_meta]:
         raise ValueError(f"no value for {len(left)} tensors of {type(made).__name__}, e.g. {left[0]!r}")
     return made
@@ -306,11 +380,7 @@ def _with_adapters(base: Any, inner: Any) -> Any:
 def with_adapters(base: Any, configs: Mapping[str, Any]) -> Any:
     """A model on the meta device with the adapters of these configs, by name, around its layers."""
     peft = import_extra("peft", "hf")
-    empty = {name: copy.deepcopy(config) for name, config in configs.items()}
-    for config in empty.values():
-        for setting in ("init_lora_weights", "init_weights"):  # there are no weights to start them from
-            if isinstance(getattr(config, setting, None), str):
-                setattr(config, setting, True)
+    empty = {name: _without_start(config) for name, config in configs.items()}
     (first, config), *others = empty.items()
     with parameters_on_meta():
         made = peft.get_peft_model(base, config, adapter_name=first)
@@ -318,6 +388,15 @@ def with_adapters(base: Any, configs: Mapping[str, Any]) -> Any:
             made.add_adapter(name, other)
     made.peft_config.update(configs)
     return made
+
+
+def _without_start(config: Any) -> Any:
+    """A copy for a model without weights, in which none can be started from."""
+    config = copy.deepcopy(config)
+    for setting in ("init_lora_weights", "init_weights"):
+        if isinstance(getattr(config, setting, None), str):
+            setattr(config, setting, True)
+    return config
 
 
 def _unsharded_class(model: nn.Module) -> type[nn.Module]:

@@ -56,19 +56,31 @@ def add_lora(model: Any, settings: Mapping[str, Any], seed: int) -> Any:
         ValueError: PEFT refuses the settings.
     """
     devices = {p.device for p in model.parameters() if p.is_cuda}
+    config = _lora_config(settings)
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         try:
-            return import_extra("peft", "hf").get_peft_model(model, _lora_config(settings))
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"lora={dict(settings)!r}: {err}") from err
+            return import_extra("peft", "hf").get_peft_model(model, config)
+        except Exception as err:
+            raise _refused(settings, err) from err
 
 
 def _lora_config(settings: Mapping[str, Any]) -> Any:
+    cls = import_extra("peft", "hf").LoraConfig
     try:
-        return import_extra("peft", "hf").LoraConfig(**{"task_type": "CAUSAL_LM", **LORA, **settings})
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"lora={dict(settings)!r}: {err}") from err
+        config = cls(**{"task_type": "CAUSAL_LM", **LORA, **settings})
+    except Exception as err:
+        raise _refused(settings, err) from err
+    if config.lora_alpha == 0:
+        raise ValueError(f"lora={dict(settings)!r}: scaled by 0, nothing would be trained: set lora_alpha above 0")
+    return config
+
+
+def _refused(settings: Mapping[str, Any], err: Exception) -> ValueError:
+    """For whatever PEFT, or a package that it needs for these settings, raises."""
+    usual = isinstance(err, TypeError | ValueError | ImportError)
+    told = str(err) if usual else f"PEFT cannot apply it, {type(err).__name__}: {err}"
+    return ValueError(f"lora={dict(settings)!r}: {told}")
 
 
 def check_policy(model: Any, engine: str, has_copy: bool) -> None:
@@ -89,15 +101,19 @@ def check_policy(model: Any, engine: str, has_copy: bool) -> None:
             raise ValueError(f"{unit.path}: its adapter is merged, so nothing is trained: call unmerge_adapter() first")
         if getattr(unit.module, "disable_adapters", False):
             raise ValueError(f"{unit.path}: its adapter is switched off: call enable_adapter_layers() first")
+        scales = getattr(unit.module, "scaling", {})
+        if isinstance(scales, Mapping) and any(scale == 0 for scale in scales.values()):
+            raise ValueError(f"{unit.path}: its adapter is scaled by 0, so nothing is trained: set lora_alpha above 0")
     try:
         plain = on_meta(model)
         if has_copy:
             check_mergeable(model, plain)
         tied = comes_apart(model, plain)
     except ValueError as err:
+        other = ", or generate with TransformersRollout, which uses the model itself" if has_copy else ""
         raise ValueError(
             f"{engine} cannot hold a policy with these adapters, {described(model)}: {str(err).rstrip('.')}. "
-            "Change them, or generate with TransformersRollout, which uses the model itself"
+            f"Change them{other}"
         ) from err
     if tied is not None:
         raise ValueError(

@@ -280,7 +280,8 @@ def _seen_inside(layer: Any, base: Any) -> dict[str, Tensor]:
             found[name] = value @ torch.randn(value.shape[-1], 4, generator=generator).to(value.device)
         return found
 
-    names = [name for name, p in base.named_parameters(recurse=False) if p.dim() > 1]
+    # Sorted: merging takes parameters out and puts them back in another order.
+    names = sorted(name for name, p in base.named_parameters(recurse=False) if p.dim() > 1)
     base.forward = forward
     try:
         return dict(layer(None))

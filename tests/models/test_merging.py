@@ -48,6 +48,7 @@ ADAPTERS = {
         lora(target_modules=QV, modules_to_save=["lm_head"], ensure_weight_tying=True), "tied gpt2",
     ),
     "layers twice": (lora(target_modules=QV, layer_replication=[(0, 2), (1, 2)]), "llama"),
+    "one tensor of all experts": (lora(target_modules=QV, target_parameters=["mlp.experts.gate_up_proj"]), "moe"),
     "ia3": (peft.IA3Config(task_type="CAUSAL_LM", target_modules=QV, feedforward_modules=[]), "qwen2 gpt2"),
     "loha": (peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=MATRICES), "llama"),
     "lokr": (peft.LoKrConfig(task_type="CAUSAL_LM", r=2, target_modules=MATRICES), "llama"),
@@ -113,6 +114,51 @@ def test_an_adapter_alone_computes_what_was_trained_on_its_base_model(adapter, t
         base = plain(CONFIGS[kinds.split()[0]])
         read = peft.PeftModel.from_pretrained(base, tmp_path / folder).eval()
         torch.testing.assert_close(logprobs(read), logprobs(model), atol=1e-4, rtol=0)
+
+
+def test_the_active_adapter_is_written_whatever_its_name_and_however_it_got_there(tmp_path):
+    second = trained(lora(target_modules=["down_proj"]), "llama")
+    second.add_adapter("second", lora(target_modules=QV))
+    second.set_adapter("second")
+    own = plain(CONFIGS["llama"])
+    own.add_adapter(lora(target_modules=QV), "own")
+    by_hand = peft.inject_adapter_in_model(lora(target_modules=QV), plain(CONFIGS["llama"]))
+    for name, model in {"second": second, "own": own, "by hand": by_hand}.items():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        FakeStrategy().save_ckpt(model, tmp_path / name)
+        convert(tmp_path / name, tmp_path / name / "merged")
+        convert(tmp_path / name, tmp_path / name / "kept", lora="keep")
+        if name == "by hand":
+            with pytest.raises(
+                ValueError, match=r"put into LlamaForCausalLM by hand, .* merge them, or make the model"
+            ):
+                FakeStrategy().save_model(model, None, tmp_path / name / "saved", merge_lora=False)
+        else:
+            FakeStrategy().save_model(model, None, tmp_path / name / "saved", merge_lora=False)
+        for kept in {"kept", "saved"} - ({"saved"} if name == "by hand" else set()):
+            read = peft.PeftModel.from_pretrained(plain(CONFIGS["llama"]), tmp_path / name / kept).eval()
+            torch.testing.assert_close(logprobs(read), logprobs(model.eval()), atol=1e-4, rtol=0)
+        torch.testing.assert_close(logprobs(opened(tmp_path / name / "merged")), logprobs(model), atol=1e-4, rtol=0)
+    second.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="the adapters default, second are active together"):
+        FakeStrategy().save_model(second, None, tmp_path / "both", merge_lora=False)
+
+
+def test_an_adapter_is_not_written_without_what_was_trained_beside_it(tmp_path):
+    strategy, model = FakeStrategy(), trained(lora(target_modules=QV), "llama")
+    model.base_model.model.model.norm.requires_grad_(True)
+    model, optimizer = strategy.prepare((model, torch.optim.AdamW(model.parameters(), lr=0.1)))
+    strategy.backward(model(input_ids=torch.arange(3, 13)[None]).logits.sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model, None)
+    message = r"model\.norm\.weight was trained and is no part of the adapter.*--lora merge"
+    with pytest.raises(ValueError, match=message):
+        strategy.save_model(model, None, tmp_path / "saved", merge_lora=False)
+    strategy.save_ckpt(model, tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "checkpoint", tmp_path / "kept", lora="keep")
+    assert not (tmp_path / "saved").exists() and not (tmp_path / "kept").exists()
 
 
 def test_several_adapters_at_once_and_one_that_is_off():
