@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.strategies.base import StrategyBase
+
+log = logging.getLogger(__name__)
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -79,6 +84,36 @@ def with_lr_schedule(
     warmup = round(int(steps) * settings.warmup_ratio)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def check_optimizers(trainer: pl.Trainer, number: int = 1) -> None:
+    """Look at what `configure_optimizers` returns, as the user may have written his own.
+
+    Args:
+        trainer: of a fit that begins.
+        number: of optimizers that the module steps.
+
+    Raises:
+        ValueError: another number, or a schedule that is stepped with a metric.
+    """
+    if len(trainer.optimizers) != number:
+        raise ValueError(
+            f"configure_optimizers returns {len(trainer.optimizers)} optimizers, {number} are needed: one for the model"
+            + (", then one for the critic" if number == 2 else "")
+        )
+    for config in trainer.lr_scheduler_configs:
+        name = type(config.scheduler).__name__
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                f"configure_optimizers returns a {name}, which is stepped with a metric; here schedules are stepped "
+                "after each optimizer step. Leave it out and step it in a callback (on_train_batch_end)"
+            )
+        if config.interval != "step" or config.frequency != 1:
+            rank_zero_only(log.warning)(
+                "optimization is manual: %s is stepped after each optimizer step, interval=%r and frequency=%r have no "
+                "effect",
+                name, config.interval, config.frequency,
+            )  # fmt: skip
 
 
 def _planned_batches(trainer: pl.Trainer) -> float:

@@ -19,7 +19,7 @@ from lightrft_lightning import algorithms
 from lightrft_lightning._sampling import Ahead, Sampled, sampled_from_state, sampled_state
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._settings import ONE_CALL
-from lightrft_lightning._trainer import check_quantization, check_strategy, with_lr_schedule
+from lightrft_lightning._trainer import check_optimizers, check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
 from lightrft_lightning.callbacks.rollout import RolloutCallback
@@ -648,6 +648,7 @@ class RLHFModule(Update):
 
     @override
     def on_fit_start(self) -> None:
+        check_optimizers(self.trainer, 1 + (self.critic is not None))
         self._given = given(self)
         check_checkpoints(self.trainer, self.actor)  # type: ignore[arg-type]
         self._keep_start()

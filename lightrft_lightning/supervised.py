@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
 from lightrft_lightning._seeds import global_seed
-from lightrft_lightning._trainer import LR_SCHEDULES, check_strategy, with_lr_schedule
+from lightrft_lightning._trainer import LR_SCHEDULES, check_optimizers, check_strategy, with_lr_schedule
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
@@ -297,6 +297,7 @@ class SupervisedModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        check_optimizers(self.trainer)
         self._given = given(self)
         check_checkpoints(self.trainer, self.model)
         data = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.checkpoints.state import _IMPLEMENTATION
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ def let_given_win(module: pl.LightningModule, now: Mapping[str, Any] | None, che
     for k, optimizer in enumerate(module.trainer.optimizers[: len(saved)]):
         scheduler, was, its = _scheduler_of(module, optimizer), then["optimizers"][k], now["optimizers"][k]
         state = next(schedules, None) if was["schedule"] is not None else None
-        same = len(was["groups"]) == len(its["groups"]) == len(saved[k]["param_groups"])
-        if same and (scheduler is None or isinstance(scheduler, LambdaLR)):
+        if its["groups"] and saved[k]["param_groups"]:
+            _check_same_kind(its["groups"][0], saved[k]["param_groups"][0])
+        if len(was["groups"]) == len(its["groups"]) == len(saved[k]["param_groups"]):
             prefix = "" if k == 0 else "critic."
             found |= {f"{prefix}{name}": pair for name, pair in _changes(was, its) if f"{prefix}{name}" not in found}
-            state = _take_over(saved[k]["param_groups"], was, its, scheduler, state, steps[k])
+            take_over = _take_over if scheduler is None or isinstance(scheduler, LambdaLR) else _take_over_own
+            state = take_over(saved[k]["param_groups"], was, its, scheduler, state, steps[k])
         states += [] if state is None else [state]
     checkpoint["lr_schedulers"] = states
     if found:
@@ -73,6 +76,8 @@ def _take_over(
     rates = [group["lr"] for group in now["groups"]]
     if rates != [group["lr"] for group in was["groups"]] or now["schedule"] != was["schedule"]:
         steps = steps if state is None else state["last_epoch"]
+        if not _same_class(was, now):
+            state = None
         if scheduler is not None:
             rates_now = [rate * factor(steps) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)]
             state = state or {**scheduler.state_dict(), "_step_count": steps + 1}
@@ -85,13 +90,61 @@ def _take_over(
     return None if scheduler is None else state
 
 
+def _take_over_own(
+    groups: list[dict[str, Any]], was: Any, now: Any, scheduler: Any, state: Any, steps: int
+) -> dict[str, Any]:
+    """As `_take_over`, for a schedule that is no function of the step: a user's own."""
+    if state is None or not _same_class(was, now):  # there is no telling where it would be by now
+        for k, group in enumerate(groups):
+            fresh = scheduler.optimizer.param_groups[k]
+            group |= {name: fresh[name] for name in ("lr", "initial_lr") if name in fresh}
+        state = scheduler.state_dict()
+    for k, group in enumerate(groups):
+        before, after = (one["groups"][k]["lr"] for one in (was, now))
+        if before != after and _same_class(was, now):
+            group |= {"lr": group["lr"] * (after / before) if before else after, "initial_lr": after}
+    if "base_lrs" in state:
+        state |= {"base_lrs": [group["lr"] for group in now["groups"]], "_last_lr": [group["lr"] for group in groups]}
+    for group, before, after in zip(groups, was["groups"], now["groups"], strict=True):
+        group |= {k: v for k, v in after.items() if k != "lr" and before.get(k) != v}
+    then = was["schedule"] or {}
+    return state | {k: v for k, v in now["schedule"].items() if k in state and k in then and then[k] != v}
+
+
+def _class(schedule: Mapping[str, Any] | None) -> str | None:
+    """Of a schedule as `_schedule` gives it; None if there is none."""
+    return None if schedule is None else schedule.get("class", "LambdaLR")
+
+
+def _same_class(was: Any, now: Any) -> bool:
+    # {}: of a checkpoint that does not say.
+    return was["schedule"] == {} or _class(was["schedule"]) == _class(now["schedule"])
+
+
+def _check_same_kind(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    here, there = set(now) - set(saved) - _IMPLEMENTATION, set(saved) - set(now) - {"params", *_IMPLEMENTATION}
+    if here and there:
+        raise CheckpointError(
+            f"the checkpoint is of another kind of optimizer than configure_optimizers makes now: with {min(there)!r}, "
+            f"without {min(here)!r}. Go on with the same kind, or begin a run from its weights (lightrft convert)"
+        )
+
+
 def _changes(was: Any, now: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    for before, after in zip(was["groups"], now["groups"], strict=True):
+    told: dict[str, Any] = {}
+    for k, (before, after) in enumerate(zip(was["groups"], now["groups"], strict=True)):
+        for name, pair in _differences(before, after):
+            if told.setdefault(name, pair) is pair or told[name] != pair:
+                yield (name if told[name] is pair else f"{name} of group {k}"), pair
+    old, new = was["schedule"], now["schedule"]
+    if _same_class(was, now):
+        # Kind and warm-up of Transformers' schedules are settings of the module.
+        kept = {"num_training_steps"} if "class" not in (new or {}) else {*new}
+        before, after = ({k: v for k, v in (one or {}).items() if k in kept} for one in (old, new))
         yield from _differences(before, after)
-    if was["schedule"] and now["schedule"]:  # kind and warm-up are settings of the module
-        length = "num_training_steps"
-        old, new = ({length: one["schedule"][length]} if length in one["schedule"] else {} for one in (was, now))
-        yield from _differences(old, new)
+    elif "class" in (old or {}) or "class" in (new or {}):
+        begins = "" if _class(new) in (None, "LambdaLR") else ", from its beginning"
+        yield "schedule", (_class(old), f"{_class(new)}{begins}")
 
 
 def _differences(was: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -130,11 +183,20 @@ def _scheduler_of(module: pl.LightningModule, optimizer: Any) -> Any:
 
 
 def _schedule(scheduler: Any) -> dict[str, Any] | None:
-    """What tells one of Transformers' schedules from another; {} of others."""
+    """What tells a schedule from another: kind and arguments of Transformers', class and settings of others."""
     factor = scheduler.lr_lambdas[0] if isinstance(scheduler, LambdaLR) else None
-    if not isinstance(factor, functools.partial):
-        return None if scheduler is None else {}
-    return {"schedule": factor.func.__name__.removeprefix("_get_"), **factor.keywords}
+    if isinstance(factor, functools.partial):
+        return {"schedule": factor.func.__name__.removeprefix("_get_"), **factor.keywords}
+    if scheduler is None:
+        return None
+    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in scheduler.state_dict().items()}
+    own = {k: v for k, v in found.items() if k not in {"base_lrs", "_last_lr"} and _is_plain(v)}
+    return {"class": type(scheduler).__name__, **own}
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else value.values() if isinstance(value, Mapping) else [value]
+    return all(isinstance(v, int | float | str | None) for v in values)
 
 
 def _steps_made(checkpoint: Mapping[str, Any]) -> tuple[int, int]:

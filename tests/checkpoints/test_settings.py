@@ -6,11 +6,13 @@ import math
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training import make_data, make_module, make_trainer
 
-from lightrft_lightning import FakeStrategy, SamplingParams, SFTModule
+from lightrft_lightning import FakeStrategy, RLHFModule, SamplingParams, SFTModule
 from lightrft_lightning.checkpoints import settings
+from lightrft_lightning.checkpoints.folder import CheckpointError
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 
@@ -117,6 +119,75 @@ def test_an_adapted_coefficient_goes_on_and_a_fixed_one_is_what_is_given(tmp_pat
     for module in (adapted, fixed):
         run(tmp_path, module, epochs=2, resume=True)
     assert adapted.kl_coef < 0.49 and fixed.kl_coef == 0.2
+
+
+class OwnSchedule(RLHFModule):
+    """With two rates, and a schedule of the user's own."""
+
+    optimizer = torch.optim.AdamW
+    rate = 1e-3
+    schedule = None
+
+    def configure_optimizers(self):
+        first, *others = self.actor.parameters()
+        optimizer = self.optimizer([{"params": [first], "lr": self.rate}, {"params": others, "lr": 2 * self.rate}])
+        if self.schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"}}
+
+
+def own(**settings):
+    module = make_module()
+    module.__class__ = type(
+        "Own", (OwnSchedule,), {k: staticmethod(v) if callable(v) else v for k, v in settings.items()}
+    )
+    return module
+
+
+step = torch.optim.lr_scheduler.StepLR
+OWN = {  # schedule then, settings now, the rates after two steps and three, what the line says
+    "rate": (
+        lambda o: step(o, 1, 0.5), {"rate": 4e-3}, (1e-3, 5e-4), "lr 0.001 -> 0.004, lr of group 1 0.002 -> 0.008",
+    ),
+    "factor": (
+        lambda o: step(o, 1, 0.5), {"schedule": lambda o: step(o, 1, 0.1)}, (2.5e-4, 2.5e-5), "gamma 0.5 -> 0.1",
+    ),
+    "kind": (
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2), {"schedule": lambda o: step(o, 1, 0.5)},
+        (1e-3, 5e-4), "schedule 'CosineAnnealingLR' -> 'StepLR, from its beginning'",
+    ),
+    "function": (
+        lambda o: step(o, 1, 0.5),
+        {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda made: 1 / (1 + made))},
+        (1e-3 / 3, 1e-3 / 4), "schedule 'StepLR' -> 'LambdaLR'",
+    ),
+    "none": (lambda o: step(o, 1, 0.5), {"schedule": None}, (1e-3, 1e-3), "schedule 'StepLR' -> 'None'"),
+    "the same": (lambda o: step(o, 1, 0.5), {}, (2.5e-4, 1.25e-4), None),
+}  # fmt: skip
+
+
+def test_schedules_of_the_users_own_too(tmp_path, said):
+    saved = {}
+    for case, (then, now, expected, line) in OWN.items():
+        if then not in saved:
+            run(tmp_path / case, own(schedule=then))
+            saved[then] = tmp_path / case
+        said.clear()
+        rates, _ = run(saved[then], own(**{"schedule": then, **now}), epochs=2, resume=True)
+        assert [rate for (rate,) in rates] == pytest.approx(expected), case
+        assert (said or [None])[0] == (line and f"Settings given now win over the checkpoint's: {line}"), case
+
+
+def test_optimizers_of_the_users_own_that_cannot_go_on_are_refused(tmp_path):
+    run(tmp_path, own())
+    with pytest.raises(CheckpointError, match=r"another kind of optimizer .*: with 'amsgrad', without 'dampening'"):
+        run(tmp_path, own(optimizer=torch.optim.SGD), epochs=2, resume=True)
+    with pytest.raises(ValueError, match="returns a ReduceLROnPlateau, which is stepped with a metric"):
+        run(tmp_path, own(schedule=torch.optim.lr_scheduler.ReduceLROnPlateau))
+    two = own()
+    two.configure_optimizers = lambda: [torch.optim.SGD(two.actor.parameters())] * 2
+    with pytest.raises(ValueError, match="returns 2 optimizers, 1 are needed: one for the model"):
+        run(tmp_path, two)
 
 
 def test_supervised_modules_have_it_too(tmp_path, said):
