@@ -38,7 +38,7 @@ class StrategyConfig:
     Example:
         >>> config = StrategyConfig(max_norm=0.5, micro_train_batch_size=4, train_batch_size=8)
         >>> print(config.summary())
-        StrategyConfig, 3 of 47 fields differ from the defaults:
+        StrategyConfig, 3 of 48 fields differ from the defaults:
           max_norm = 0.5 (default 1.0)
           micro_train_batch_size = 4 (default 1)
           train_batch_size = 8 (default 128)
@@ -84,6 +84,8 @@ class StrategyConfig:
     overlap_comm: bool = False
     local_rank: int = -1
     sp_size: int = 1
+    heartbeat_timeout: float = 60.0
+    """Seconds after which a machine or network that does not answer, or a rank that is stopped, ends the job."""
 
     # Checkpoints
     async_checkpoints: bool = False
@@ -163,6 +165,7 @@ class StrategyConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in not_negative:
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("heartbeat_timeout", self.heartbeat_timeout >= 5, "at least 5 seconds")
         self._require("zero_stage", self.zero_stage in (1, 2, 3), "1, 2 or 3")
         self._require("adam_betas", all(0 <= b < 1 for b in self.adam_betas), "two numbers in [0, 1)")
         self._require("lr_warmup_ratio", 0 <= self.lr_warmup_ratio <= 1, "between 0 and 1")

@@ -35,6 +35,7 @@ FIELDS = {
     "enable_engine_sleep": False,
     "local_rank": -1,
     "sp_size": 1,
+    "heartbeat_timeout": 60.0,
     "async_checkpoints": False,
     "actor_learning_rate": 1e-5,
     "critic_learning_rate": 1e-5,
@@ -293,10 +294,10 @@ def test_copies_of_a_config_without_args(make):
 
 
 def test_summary_lists_what_differs():
-    assert StrategyConfig().summary() == "StrategyConfig, 0 of 47 fields differ from the defaults:"
+    assert StrategyConfig().summary() == "StrategyConfig, 0 of 48 fields differ from the defaults:"
     config = StrategyConfig.from_args({"max_norm": 0.5, "seed": 42, "mine": "x"})
     assert config.summary().splitlines() == [
-        "StrategyConfig, 1 of 47 fields differ from the defaults:",
+        "StrategyConfig, 1 of 48 fields differ from the defaults:",
         "  max_norm = 0.5 (default 1.0)",
         "  mine = 'x' (extra)",
     ]

@@ -37,6 +37,7 @@ from lightrft_lightning.models.precision import LOW, train_in_float32
 from lightrft_lightning.strategies import forks  # noqa: F401  # acts when this process is forked
 from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
+from lightrft_lightning.strategies.ending import end_within
 from lightrft_lightning.strategies.inference import InferenceEngines
 from lightrft_lightning.strategies.preemption import end_when_preempted
 from lightrft_lightning.strategies.streams import keep_printing
@@ -185,6 +186,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         from lightning.pytorch import seed_everything
 
         self._check_batch_sizes()
+        end_within()
         seed_everything(self.config.seed, verbose=False)
 
     @override
@@ -196,6 +198,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     def _outlive_its_surroundings(self) -> None:
         """A scheduler that takes the machine back, an output that nobody reads."""
         keep_printing()
+        end_within()
         assert self.lightning_module is not None
         end_when_preempted(self.lightning_module.trainer)
 

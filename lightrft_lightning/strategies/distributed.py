@@ -28,8 +28,13 @@ from lightrft_lightning.models.quantized import dequantized
 from lightrft_lightning.strategies import failures
 from lightrft_lightning.strategies.base import StrategyBase
 from lightrft_lightning.strategies.failures import watch_ranks
-from lightrft_lightning.strategies.joining import join
-from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT, WatchedLauncher, set_deadline, start_process_group
+from lightrft_lightning.strategies.launch import (
+    DEFAULT_TIMEOUT,
+    WatchedLauncher,
+    meet,
+    set_deadline,
+    start_process_group,
+)
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of a `Trainer`, that the sharded back ends carry out."""
@@ -125,9 +130,10 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         super().setup_distributed()
 
     def _join_process_group(self, timeout: timedelta) -> None:
-        place = start_process_group(timeout)
+        heartbeat = self.config.heartbeat_timeout
+        place = start_process_group(timeout, heartbeat=heartbeat)
         self._device, self._local_rank = place.device, place.local_rank
-        watch_ranks(timeout)  # the group may have been there already
+        watch_ranks(timeout, heartbeat)  # the group may have been there already
 
     def _join_trainers_process_group(self) -> None:
         """What Lightning's own strategies do in `setup_environment`; ranks may be slower to start than `timeout`."""
@@ -143,7 +149,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         _init_dist_connection(
             self.cluster_environment, backend, timeout=failures.START_TIMEOUT, device_id=device_id, store=store
         )
-        set_deadline(timeout, store)
+        set_deadline(timeout, store, self.config.heartbeat_timeout)
         self._check_batch_sizes()
         self._outlive_its_surroundings()
 
@@ -151,7 +157,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         environment = self.cluster_environment
         assert environment is not None
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-        return join(environment.global_rank(), environment.world_size(), failures.START_TIMEOUT)
+        return meet(environment.global_rank(), environment.world_size(), self.config.heartbeat_timeout)
 
     @override
     def _configure_launcher(self) -> None:

@@ -15,21 +15,20 @@ import re
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from types import FrameType
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
-from lightrft_lightning.strategies import peers
-from lightrft_lightning.strategies.peers import Peer, Status, connect_peers, readable
+from lightrft_lightning.strategies import lone, peers
+from lightrft_lightning.strategies.ending import end_within, has_failed, leave, say
+from lightrft_lightning.strategies.peers import HEARTBEAT_TIMEOUT, Peer, Status, connect_peers, readable
+from lightrft_lightning.strategies.stacks import Stack, is_handled, where_it_is
 
 START_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for one another to start, at least: a deadline for collectives may be far shorter."""
@@ -40,23 +39,15 @@ GRACE = 10.0
 COLLECTIVE_GRACE = 3.0
 """The same, while it is in a collective: this ends at once if a rank's process has gone, or not at all."""
 
-EXIT_GRACE = 60.0
-"""Seconds that the interpreter has to end once the error is out."""
-
 NEWS = 4.0
 """Seconds that a failing rank stays for the others to take note of the cause: launchers kill soon after the first."""
 
 _COMMUNICATION = re.compile(r"gloo|nccl|c10d|TCPStore", re.IGNORECASE)
-_COLLECTIVES = re.compile(r"[/\\](torch[/\\]distributed[/\\](?!checkpoint)|deepspeed[/\\])")
-_NOT_THE_USERS = (
-    *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
-    os.path.dirname(os.path.dirname(torch.__file__)),  # an environment may build on another one
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-    "<frozen",
-)
-
 children: list[subprocess.Popen[Any]] = []
 """Ranks that Lightning has started from this process; after a failure they do not outlive it."""
+
+_REPORTED = "lightrft_reported"
+"""An attribute of the exception that a rank ends with."""
 
 _watch: RankWatch | None = None
 
@@ -94,13 +85,21 @@ class Verdict:
     """It ends with an exception of its own; otherwise it died or stands still."""
 
 
-def watch_ranks(timeout: timedelta) -> RankWatch | None:
-    """Watch the ranks of the default process group; all of them call this together. At most one watch is active.
+def watch_ranks(
+    timeout: timedelta,
+    heartbeat: float = HEARTBEAT_TIMEOUT,
+    place: tuple[int, int] | None = None,
+    store: dist.Store | None = None,
+) -> RankWatch | None:
+    """Watch the ranks of a job; all of them call this together. At most one watch is active.
 
     It stays until the process ends, as the process group does.
 
     Args:
         timeout: how long a rank may wait in a collective, or give no sign of life, before the job is ended.
+        heartbeat: seconds after which a machine that does not answer, or a process that is stopped, counts as gone.
+        place: this rank and their number; default: those of the default process group.
+        store: where they find one another; default: the default process group.
 
     Returns:
         The watch; None where there is no other rank.
@@ -109,16 +108,23 @@ def watch_ranks(timeout: timedelta) -> RankWatch | None:
         ConnectionError: a rank cannot connect to rank 0.
     """
     global _watch
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if place is None and dist.is_initialized():
+        place = dist.get_rank(), dist.get_world_size()
+    rank, world_size = place or (0, 1)
+    end_within(timeout, f"rank {rank}: {_name()}")
+    if world_size == 1:
         return None
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if _watch is not None and ((_watch.rank, _watch.world_size) != (rank, world_size) or _watch.verdict is not None):
+    if _watch is not None and not _watch.serves(rank, world_size):
         _watch.stop()  # another process group, or a failure on all ranks that the program has caught
         _watch = None
     if _watch is None:
-        _watch = RankWatch(rank, world_size, timeout)
-    _watch.timeout = timeout.total_seconds()
+        _watch = RankWatch(rank, world_size, timeout, heartbeat, store)
+    _watch.wait_for(timeout, heartbeat)
     return _watch
+
+
+def _name() -> str:
+    return f"{socket.gethostname()}, pid {os.getpid()}"
 
 
 def report(exception: BaseException) -> RankFailedError | None:
@@ -150,7 +156,7 @@ def end_at_once(cause: str, code: int) -> NoReturn:
     if _watch is not None:
         _watch.announce(cause)
     _kill_children()
-    os._exit(code)
+    leave(code)
 
 
 class RankWatch:
@@ -160,21 +166,24 @@ class RankWatch:
         rank: this process.
         world_size: number of processes, more than one.
         timeout: see `watch_ranks`.
+        heartbeat: see `watch_ranks`.
+        store: see `watch_ranks`.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self, rank: int, world_size: int, timeout: timedelta, heartbeat: float, store: dist.Store | None = None
+    ) -> None:
         self.rank, self.world_size = rank, world_size
-        self.timeout = timeout.total_seconds()
+        self.timeout, self.heartbeat = timeout.total_seconds(), heartbeat
         self.verdict: Verdict | None = None
-        self._peers = connect_peers(rank, world_size, time.monotonic() + START_TIMEOUT.total_seconds())
+        self._peers = connect_peers(rank, world_size, time.monotonic() + START_TIMEOUT.total_seconds(), store)
         self._changed = threading.Condition()  # guards what follows and the peers, against the main thread
-        self._status = Status(
-            f"{socket.gethostname()}, pid {os.getpid()}", pid=os.getpid(), machine=peers.this_machine()
-        )
-        self._stack = _Stack()
+        self._status = Status(_name(), pid=os.getpid(), machine=peers.this_machine())
+        self._stack = Stack()
         self._suspicion: tuple[float, int, str] | None = None
         self._stopped = self._silenced = False
-        self._reported = self._own_failure = False
+        self._reported_at: float | None = None
+        self._own_failure = self._alone_told = False
         self._act_at: float | None = None
         self._ending: float | None = None  # since when
         self._informed = False
@@ -184,6 +193,17 @@ class RankWatch:
         os.register_at_fork(after_in_child=self._forget)
         self._thread = threading.Thread(target=self._run, name="lightrft-rank-watch", daemon=True)
         self._thread.start()
+
+    def serves(self, rank: int, world_size: int) -> bool:
+        """Whether it watches these ranks, and nothing has happened to them."""
+        return (self.rank, self.world_size, self._stopped, self.verdict) == (rank, world_size, False, None)
+
+    def wait_for(self, timeout: timedelta, heartbeat: float) -> None:
+        """From here on, wait as long as this; see `watch_ranks`."""
+        self.timeout, self.heartbeat = timeout.total_seconds(), heartbeat
+        with self._changed:
+            for peer in self._peers.values():
+                peer.keep_alive(heartbeat)
 
     def stop(self) -> None:
         """Take leave of the others: from here on, this process is on its own."""
@@ -202,7 +222,7 @@ class RankWatch:
             sys.excepthook = self._previous_hook
 
     def _at_exit(self) -> None:
-        if self.verdict is None and not self._reported:
+        if self.verdict is None and self._reported_at is None:
             self.stop()
             return
         self._silenced = True
@@ -229,9 +249,12 @@ class RankWatch:
         """See the function `report`."""
         communication = _is_communication(exception)
         with self._changed:
-            if self._stopped or self._reported:
+            if self._stopped or self._reported_at is not None:
                 return None
-            self._reported = True
+            self._reported_at = time.monotonic()
+            has_failed()
+            with contextlib.suppress(AttributeError, TypeError):
+                setattr(exception, _REPORTED, True)
             self._own_failure = not communication and not isinstance(exception, RankFailedError)
             self._ending = None
             _raise_in_main_thread(None)
@@ -271,7 +294,6 @@ class RankWatch:
         self._previous_hook(kind, value, trace)
         if error is not None:
             say(f"{type(error).__name__}: {error}")
-        self._ending = time.monotonic()
 
     # ---------------------------------------------------------------- the thread
 
@@ -293,12 +315,14 @@ class RankWatch:
                         self._wake.recv(1 << 10)
                     else:
                         self._hear(sockets[ready])
+                if self.rank == 0:
+                    self._tell_lone_ranks()
                 if self.verdict is None:
                     self._judge(now, interval)
                 if self.verdict is not None:
                     self._execute(now)
                 self._changed.notify_all()
-            if self._ending is not None and now - self._ending > self._patience():
+            if self._is_overdue(now):
                 self._end_process()
 
     def _beat(self) -> None:
@@ -308,13 +332,27 @@ class RankWatch:
             # without an active exception".
             if self._silenced:
                 return
-            where, waiting, still = self._stack.sample()
-            self._status = replace(self._status, where=where, waiting=waiting, still=still)
+            seen = self._stack.sample()
+            self._status = replace(self._status, **seen._asdict())
             for peer in self._peers.values():
                 if peer.open and now - peer.heard < 60:  # nobody empties the buffers of a stopped process
                     peer.send(status=asdict(self._status))
 
+    def _tell_lone_ranks(self) -> None:
+        """Nobody else on its machine would see that such a rank is stopped."""
+        statuses = self._statuses()
+        if self._alone_told or any(not s.pid for s in statuses.values()):
+            return
+        self._alone_told = True
+        count = Counter(s.machine for s in statuses.values())
+        for peer in self._peers.values():
+            if count[peer.status.machine] == 1:
+                peer.send(alone=True)
+        if count[self._status.machine] == 1:
+            lone.end_when_stopped(self.heartbeat, f"rank 0: {self._status.name}")
+
     def _hear(self, peer: Peer) -> None:
+        silent = time.monotonic() - peer.heard
         for message in peer.receive():
             if "status" in message:
                 peer.status = Status(**message["status"])
@@ -329,14 +367,17 @@ class RankWatch:
                 self._look(peer, **message["look"])
             elif "stopped" in message and self.verdict is None:
                 self._conclude_stopped(message["stopped"])
+            elif "alone" in message:
+                lone.end_when_stopped(self.heartbeat, f"rank {self.rank}: {self._status.name}")
         if peer.unreachable and self.verdict is None:
-            limit, where = peers.HEARTBEAT_TIMEOUT, peer.status.where
-            detail = f": its machine or the network to it is gone; last seen in {where}"
-            self._conclude(peer.rank, f"has not answered for {limit:.0f} s", detail)
+            detail = f": its machine or the network to it is gone; last seen in {peer.status.where}"
+            self._conclude(peer.rank, f"has not answered for {self.heartbeat:.0f} s", detail)
         elif not peer.open and not peer.left and self.verdict is None:
-            where = peer.status.where
             how = "killed by a signal (SIGKILL: out of memory?), crashed, or gone by os._exit"
-            self._conclude(peer.rank, "died without an error of its own", f": {how}; last seen in {where}")
+            if silent >= self.heartbeat:
+                how = f"stopped for too long, or {how}, after it had given no sign of life for {silent:.0f} s"
+            detail = f": {how}; last seen in {peer.status.where}"
+            self._conclude(peer.rank, "died without an error of its own", detail)
 
     # ---------------------------------------------------------------- who failed first
 
@@ -355,11 +396,12 @@ class RankWatch:
         waiting = {r: s.still for r, s in self._statuses().items() if s.waiting}
         patient = max(waiting, key=lambda r: waiting[r], default=0)
         self._look_for_stopped(silent)
+        self._look_for_the_end()
         if self.verdict is not None:
             return
         if silent and silent[longest] > self.timeout:
             self._conclude_silent(longest, silent[longest])
-        elif self.rank == 0 and waiting and waiting[patient] > self.timeout:
+        elif (self.rank == 0 or self._peers[0].left) and waiting and waiting[patient] > self.timeout:
             self._conclude_absent(patient, waiting[patient])
         elif self._suspicion is not None and now > self._suspicion[0]:
             _, reporter, cause = self._suspicion
@@ -373,7 +415,7 @@ class RankWatch:
     def _look_for_stopped(self, silent: Mapping[int, float]) -> None:
         """A silent rank may compute; whoever is on its machine can see whether its process is stopped."""
         for rank, seconds in silent.items():
-            if seconds < min(peers.HEARTBEAT_TIMEOUT, self.timeout):
+            if seconds < min(self.heartbeat, self.timeout):
                 continue
             pid, machine = self._peers[rank].status.pid, self._peers[rank].status.machine
             if peers.process_here(pid, machine) == "T":
@@ -382,6 +424,20 @@ class RankWatch:
                 for peer in self._peers.values():
                     if peer.open and peer.rank != rank and peer.status.machine == machine:
                         peer.send(look={"rank": rank, "pid": pid, "machine": machine})
+
+    def _look_for_the_end(self) -> None:
+        """Nobody waits for a rank that hangs as it tears down; nor does it end while others do the same."""
+        statuses = self._statuses()
+        late = {r: s.ending for r, s in statuses.items() if s.ending > self.timeout}
+        if all(p.left for p in self._peers.values()):
+            # It is alone, and inside of a run: whatever it does there should move.
+            still = self._status.still if self._status.running and not self._status.ending else 0.0
+            late = late or ({self.rank: still} if still > self.timeout else {})
+        elif self.rank != 0 or len(late) < len(statuses):
+            return
+        if late and self.verdict is None:
+            rank = max(late, key=lambda r: late[r])
+            self._conclude(rank, f"has not ended for {late[rank]:.0f} s", f": it is in {statuses[rank].where}")
 
     def _look(self, peer: Peer, rank: int, pid: int, machine: str) -> None:
         if peers.process_here(pid, machine) == "T":
@@ -414,7 +470,7 @@ class RankWatch:
         self._conclude(rank, f"did not come to a collective for {seconds:.0f} s", detail)
 
     def _statuses(self) -> dict[int, Status]:
-        return {self.rank: self._status, **{p.rank: p.status for p in self._peers.values() if p.open}}
+        return {self.rank: self._status, **{p.rank: p.status for p in self._peers.values() if p.open and not p.left}}
 
     def _conclude(self, rank: int, cause: str, detail: str = "", raised: bool = False) -> None:
         name = self._status.name if rank == self.rank else self._peers[rank].status.name
@@ -436,12 +492,12 @@ class RankWatch:
     def _execute(self, now: float) -> None:
         """Make this process end, once, and see to it that all ranks know why."""
         assert self.verdict is not None
-        if self._act_at is not None and (self._reported or now >= self._act_at):
+        if self._act_at is not None and (self._reported_at is not None or now >= self._act_at):
             self._act_at = None
             if not self._own_failure:
                 # At once and not only in a traceback: a launcher may kill this process any moment.
                 say(f"[rank {self.rank}] ending: {self.verdict.message}")
-            if not self._reported:
+            if self._reported_at is None:
                 self._ending = now
                 _raise_in_main_thread(self._error(self.verdict))
             for peer in self._peers.values():
@@ -451,73 +507,23 @@ class RankWatch:
             for peer in self._peers.values():
                 peer.send(informed=True)
 
+    def _is_overdue(self, now: float) -> bool:
+        """Whether this process should have ended by itself."""
+        if self._ending is not None:
+            return now - self._ending > self._patience()
+        # What cleans up after an error may save; it may also hang.
+        return self._reported_at is not None and now - self._reported_at > self.timeout and is_handled(_REPORTED)
+
     def _patience(self) -> float:
-        if self._reported:
-            return EXIT_GRACE
         assert self.verdict is not None
         if self.verdict.rank == self.rank:
             return 1.0  # as long as a rank is stuck, so are the others that wait for it
         return COLLECTIVE_GRACE if self._status.waiting else GRACE
 
     def _end_process(self) -> None:
-        say(f"[rank {self.rank}] the main thread does not end: leaving at once")
+        say(f"[rank {self.rank}] the main thread does not end, it is in {where_it_is()}: leaving at once")
         _kill_children()
-        os._exit(1)
-
-
-def say(line: str) -> None:
-    """Print to standard error, if somebody is there to read it."""
-    # Not sys.stderr: while torch's own hook prints a traceback, that is a buffer, lost if the process is killed.
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.__stderr__, flush=True)
-
-
-class _Stack:
-    """Where the main thread is, and since when it has not moved."""
-
-    def __init__(self) -> None:
-        self._last: Any = None
-        self._since = 0.0
-        self._raised_in = ""
-
-    def came_from(self, exception: BaseException) -> None:
-        """The main thread has left its place with `exception`, which is what matters from now on."""
-        self._raised_in = _place([frame for frame, _ in traceback.walk_tb(exception.__traceback__)][::-1])
-
-    def sample(self) -> tuple[str, bool, float]:
-        """Its place in the program, whether that is in a collective, and for how many seconds it has been there."""
-        frames = list(_frames(sys._current_frames().get(threading.main_thread().ident or 0)))
-        # The next step may come to the same place, with frames in the same memory: collectives tell it apart.
-        position = _collectives_begun(), [(id(frame), frame.f_lasti) for frame in frames]
-        if position != self._last:
-            self._last, self._since = position, time.monotonic()
-        waiting = any(_COLLECTIVES.search(frame.f_code.co_filename) for frame in frames[:4])
-        return self._raised_in or _place(frames), waiting, time.monotonic() - self._since
-
-
-def _collectives_begun() -> int:
-    """By this process, in all its groups."""
-    total = 0
-    for group in list(dist.distributed_c10d._world.pg_map):
-        with contextlib.suppress(RuntimeError):  # a back end that does not count
-            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-    return total
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost outwards."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _place(frames: list[FrameType]) -> str:
-    """The innermost line of the user's own code, and the function in which it has ended up."""
-    users = [f for f in frames if not f.f_code.co_filename.startswith(_NOT_THE_USERS)] or frames
-    if not users:
-        return "the end of its program"
-    line = f"{os.path.basename(users[0].f_code.co_filename)}:{users[0].f_lineno} ({users[0].f_code.co_name})"
-    return line if users[0] is frames[0] else f"{line} > {frames[0].f_code.co_name}"
+        leave(1)
 
 
 def _raise_in_main_thread(error: RankFailedError | None) -> None:

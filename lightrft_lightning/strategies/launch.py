@@ -19,10 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from typing_extensions import override
 
 from lightrft_lightning.strategies import failures
+from lightrft_lightning.strategies.ending import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.failures import watch_ranks
 from lightrft_lightning.strategies.joining import join
-
-DEFAULT_TIMEOUT = timedelta(minutes=30)
+from lightrft_lightning.strategies.peers import HEARTBEAT_TIMEOUT
 
 
 class Place(NamedTuple):
@@ -35,7 +35,9 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def start_process_group(timeout: timedelta | None = None, accelerator: str | None = None) -> Place:
+def start_process_group(
+    timeout: timedelta | None = None, accelerator: str | None = None, heartbeat: float = HEARTBEAT_TIMEOUT
+) -> Place:
     """Join the job that the launcher describes, or start a process group of one process if nothing does.
 
     Read are the variables of torchrun (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``),
@@ -44,6 +46,7 @@ def start_process_group(timeout: timedelta | None = None, accelerator: str | Non
     Args:
         timeout: how long a collective may take before it is an error; default 30 minutes.
         accelerator: ``"cpu"`` or ``"cuda"``; default: CUDA where there is a GPU.
+        heartbeat: seconds after which a machine that does not answer, or a process that is stopped, counts as gone.
 
     Returns:
         This process's place; its device is ``cuda:<local rank>`` or the CPU.
@@ -62,20 +65,32 @@ def start_process_group(timeout: timedelta | None = None, accelerator: str | Non
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         # In one process nobody else has to find us: no port, which a notebook could not choose.
-        store = dist.HashStore() if world_size == 1 else join(rank, world_size, failures.START_TIMEOUT)
+        store = dist.HashStore() if world_size == 1 else meet(rank, world_size, heartbeat)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=failures.START_TIMEOUT, store=store)
-        set_deadline(timeout, store)
+        set_deadline(timeout, store, heartbeat)
     return Place(rank, max(local_rank, 0), world_size, device)
 
 
-def set_deadline(timeout: timedelta, store: dist.Store | None = None) -> None:
+def meet(rank: int, world_size: int, heartbeat: float) -> dist.Store:
+    """Meet the other ranks, and watch them from then on: what follows waits for all of them.
+
+    Returns:
+        A store that all ranks share, for `init_process_group`.
+    """
+    store = join(rank, world_size, failures.START_TIMEOUT)
+    watch_ranks(failures.START_TIMEOUT, heartbeat, (rank, world_size), store)
+    return store
+
+
+def set_deadline(timeout: timedelta, store: dist.Store | None = None, heartbeat: float = HEARTBEAT_TIMEOUT) -> None:
     """Give up a collective of the default process group after `timeout`; all ranks have joined it.
 
     Args:
         timeout: how long it may take.
         store: of the group; further groups meet there, for which ranks may be less in step than for a collective.
+        heartbeat: see `start_process_group`.
     """
-    watch_ranks(timeout)
+    watch_ranks(timeout, heartbeat)
     dist.distributed_c10d._set_pg_timeout(timeout)
     if store is not None:
         store.set_timeout(max(timeout, failures.START_TIMEOUT))

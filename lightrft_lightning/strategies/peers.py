@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ import torch.distributed as dist
 log = logging.getLogger(__name__)
 
 HEARTBEAT_TIMEOUT = 60.0
-"""Seconds without an answer after which a rank's machine or network counts as gone, or its stopped process as lost."""
+"""Seconds without an answer after which a rank's machine or network counts as gone, or its stopped process as lost.
+
+The default of `StrategyConfig.heartbeat_timeout`."""
+
+_KEY = "lightrft/watch"
 
 MOST_STRANGERS = 256
 """That may be on the line at the same time."""
@@ -39,6 +44,10 @@ class Status:
     """In a collective."""
     still: float = 0.0
     """Seconds since it last moved."""
+    ending: float = 0.0
+    """Seconds since a `Trainer` began to tear down; 0: it does not."""
+    running: bool = False
+    """Inside of a `Trainer`'s run."""
     pid: int = 0
     machine: str = ""
 
@@ -68,6 +77,11 @@ class Peer:
         except OSError as err:
             log.debug("rank %d cannot be reached: %s", self.rank, err)
 
+    def keep_alive(self, seconds: float) -> None:
+        """See the function `keep_alive`."""
+        with contextlib.suppress(OSError):  # closed: the reading side finds out
+            keep_alive(self.socket, seconds)
+
     def receive(self) -> Iterator[dict[str, Any]]:
         """The messages that have arrived; `open` ends with the connection."""
         try:
@@ -89,23 +103,23 @@ def readable(sockets: Sequence[socket.socket], seconds: float) -> list[socket.so
     return [by_number[number] for number, _ in poll.poll(max(0.0, seconds) * 1000)]
 
 
-def connect_peers(rank: int, world_size: int, deadline: float) -> dict[int, Peer]:
-    """Rank 0's connections to all others, or another rank's to rank 0; the ranks find one another by a broadcast.
+def connect_peers(rank: int, world_size: int, deadline: float, store: dist.Store | None = None) -> dict[int, Peer]:
+    """Rank 0's connections to all others, or another rank's to rank 0.
 
     Args:
         rank: this process.
         world_size: number of processes.
         deadline: on the monotonic clock.
+        store: where rank 0 says how it can be reached; default: by a broadcast in the default process group.
 
     Raises:
         ConnectionError: a rank could not be reached, or was not heard from before the deadline.
     """
     listener = _listener() if rank == 0 else None
-    box: list[Any] = [None]
+    address: Any = None
     if listener is not None:
-        box = [(_addresses(), listener.getsockname()[1], secrets.token_hex(16))]
-    dist.broadcast_object_list(box, src=0)
-    hosts, port, token = box[0]
+        address = [_addresses(), listener.getsockname()[1], secrets.token_hex(16)]
+    hosts, port, token = _shared(address, deadline, store)
     if listener is None:
         return {0: Peer(0, _reach(hosts, port, token, rank, deadline))}
     peers: dict[int, Peer] = {}
@@ -114,6 +128,18 @@ def connect_peers(rank: int, world_size: int, deadline: float) -> dict[int, Peer
             connection, number = lobby.next(deadline, missing)
             peers[number] = Peer(number, connection)
     return peers
+
+
+def _shared(address: Any, deadline: float, store: dist.Store | None) -> Any:
+    """What rank 0 gives for `address`, on all ranks."""
+    if store is None:
+        box = [address]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    if address is not None:
+        store.set(_KEY, json.dumps(address))
+    store.wait([_KEY], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+    return json.loads(store.get(_KEY))
 
 
 def _addresses() -> list[str]:

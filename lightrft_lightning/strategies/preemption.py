@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightrft_lightning.checkpoints.owners import remove_when_free
 from lightrft_lightning.strategies import failures
+from lightrft_lightning.strategies.ending import end_with
 
 EXIT_CODE = 128 + signal.SIGTERM
 """Of a run that ended so."""
@@ -208,6 +209,7 @@ class Preemption(Callback):
         if not isinstance(exception, SIGTERMException) or not self._signals.received_sigterm:
             return
         exception.code = EXIT_CODE
+        end_with(EXIT_CODE)
         name, fitting = _name(self._signals.order), trainer.state.fn == TrainerFn.FITTING
         if fitting and self._moved and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer, name)

@@ -92,6 +92,17 @@ def test_a_rank_that_hangs_is_told_so_and_ends(ranks):
         assert culprit["code"] == 1 and "the main thread does not end" in culprit["stderr"]
 
 
+def test_a_rank_that_hangs_at_its_end_is_ended_and_disturbs_nobody(ranks):
+    for name in ("hang 1, at its end", "hang 0, at its end", "hang all, at their end", "hang 1, after an error"):
+        stuck = [r for r in ranks[name] if r["culprit"] in (None, r["rank"])]
+        for rank in stuck:
+            assert rank["code"] == 1 and TIMEOUT - 1 < rank["seconds"] < TIMEOUT + 14, rank
+            told = r"does not end, it is" if "error" in name else r"rank \d .* has not ended for \d+ s: it is"
+            assert re.search(rf"{told} in failing.py:\d+ \((hangs|spins)\)", rank["stderr"]), rank["stderr"]
+        for rank in (r for r in ranks[name] if r not in stuck):
+            assert rank["code"] == ("error" in name), rank
+
+
 def test_two_collectives_that_never_meet_are_both_shown(ranks):
     for rank in ranks["elsewhere 1"]:
         assert rank["code"] == 1 and rank["seconds"] < TIMEOUT + 9

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer import call
 
 from lightrft_lightning.strategies import failures
 
@@ -88,6 +89,27 @@ def cleaning_up(culprit, how):
         print("cleaned up", flush=True)
 
 
+def tearing_down(culprit, how):
+    """As a callback does that hangs when its run is over; culprit None: on all ranks."""
+
+    class Trainer:
+        state = property(lambda self: how())
+
+    print(f"failing {time.monotonic()}", flush=True)
+    if culprit in (None, dist.get_rank()):
+        call._call_teardown_hook(Trainer())
+
+
+def cleaning_up_for_ever(culprit, how):
+    try:
+        in_a_collective(culprit, raises)
+    except BaseException as error:
+        failures.report(error)
+        if dist.get_rank() == culprit:
+            how()
+        raise
+
+
 def catching(culprit, how):
     """All ranks refuse something in the same way, the program goes on; then one of them fails."""
     try:
@@ -118,7 +140,7 @@ def slowly(culprit, how):
 @dataclass
 class Case:
     how: str
-    culprit: int
+    culprit: int | None
     others: str = "in_a_collective"
     world_size: int = 2
 
@@ -135,6 +157,10 @@ CASES = {
     "hang 0": Case("hangs", 0),
     "spin 1": Case("spins", 1),
     "elsewhere 1": Case("waits_for_something_else", 1),
+    "hang 1, at its end": Case("hangs", 1, "tearing_down", world_size=3),
+    "hang 0, at its end": Case("spins", 0, "tearing_down"),
+    "hang all, at their end": Case("hangs", None, "tearing_down"),
+    "hang 1, after an error": Case("hangs", 1, "cleaning_up_for_ever"),
     "kill 1": Case("is_killed", 1, world_size=3),
     "kill 0": Case("is_killed", 0, world_size=3),
     "kill 1, others compute": Case("is_killed", 1, "computing"),

@@ -1,4 +1,5 @@
-"""Two ranks that meet again and again on one port, in step or not; then one that others wait for in vain.
+"""Two ranks that meet again and again on one port, in step or not; then one that others wait for in vain, and one that
+dies when they have met.
 
 Arguments: how often they meet.
 """
@@ -40,3 +41,8 @@ try:
     start_process_group(accelerator="cpu")
 except ConnectionError as error:
     print(error)
+failures.START_TIMEOUT = timedelta(seconds=100)
+os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # not where one was awaited in vain
+if rank == 1:
+    dist.init_process_group = lambda *args, **kwargs: os._exit(7)
+start_process_group(accelerator="cpu")
