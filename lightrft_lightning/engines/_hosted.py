@@ -96,6 +96,7 @@ class TransformersCopy(EngineWithCopy):
         ValueError: an unknown argument or type.
     """
 
+    knows_files = False
     ARGUMENTS = ("dtype", "attn_implementation", "max_batch_size")
 
     def __init__(self, engine_args: Mapping[str, Any], **settings: Any) -> None:

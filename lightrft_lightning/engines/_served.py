@@ -153,12 +153,12 @@ class ServedRollout(EngineWithCopy):
             save_without_weights(model, tokenizer, self._folder.name)
 
     def _connect(self, prepare: Callable[[], None]) -> None:
-        def contact() -> str | None:
+        def contact() -> tuple[str | None, bool]:
             prepare()
-            return self._first_contact()
+            return self._first_contact(), self.knows_files
 
         try:
-            dtype = self._on_rank_0(contact)
+            dtype, self.knows_files = self._on_rank_0(contact)
         except BaseException:
             self.close()
             raise

@@ -5,7 +5,7 @@ vLLM mixes this class into its worker (`worker_extension_cls`), so every method 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightrft_lightning.engines import _vllm_experts as experts
 from lightrft_lightning.engines.weight_sync import Bucket, Held, Part, as_matrix, digest
 
 _PROBES = 512  # columns that are read through a layer at a time
@@ -24,6 +25,8 @@ class WeightSyncWorker:
     model_runner: Any
     model_config: Any
     vllm_config: Any
+    _loaded: set[str] | None
+    """Parameters that the model says it has loaded since the update began; None: it does not say."""
 
     def lightrft_begin_update(self) -> None:
         from vllm.model_executor.model_loader.reload.layerwise import (
@@ -34,13 +37,16 @@ class WeightSyncWorker:
         with self._loading():
             # An update that broke off leaves layers half loaded; without one, this does nothing.
             finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
+            experts.pack_again(self.model_runner.get_model())
             initialize_layerwise_reload(self.model_runner.get_model())
+        self._loaded = set()
 
     def lightrft_load(self, bucket: Bucket | str) -> None:
         """Load tensors, or those of a safetensors file (on a file system in memory)."""
         tensors = list(load_file(bucket).items()) if isinstance(bucket, str) else bucket
         with self._loading():
-            self.model_runner.get_model().load_weights(iter(tensors))
+            loaded = self.model_runner.get_model().load_weights(iter(tensors))
+        self._loaded = None if loaded is None or self._loaded is None else self._loaded | set(loaded)
 
     def lightrft_end_update(self) -> None:
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
@@ -63,7 +69,7 @@ class WeightSyncWorker:
                 else:
                     held.parts[name] = parts
         if names is not None:
-            held.unnamed = list(_unnamed(model, names))
+            held.unnamed = list(_unnamed(model, names, self._loaded or ()))
         return held
 
     def lightrft_read_adapter(self, number: int, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -126,10 +132,17 @@ def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Any] | None:
     return (module, attribute, shard) if isinstance(getattr(module, attribute, None), Tensor) else None
 
 
+def _expert(model: nn.Module, name: str) -> experts.Place | None:
+    target = _target(model, name)
+    return None if target is None else experts.find(model, f"{target[0]}.{target[1]}")
+
+
 def _read(model: nn.Module, name: str, first: int, step: int) -> list[Part] | None:
     """The wanted columns of this process's part of a tensor, as its layer computes with them."""
     from vllm.model_executor.layers.linear import RowParallelLinear
 
+    if (expert := _expert(model, name)) is not None:
+        return experts.read(expert, first, step)
     place = _locate(model, name)
     if place is None or _is_quantized(place[0]):
         return None
@@ -229,15 +242,23 @@ def _columns(module: Any, attribute: str, columns: Sequence[int]) -> Tensor:
     return torch.cat(pieces, dim=1) if pieces else parameter.new_empty(parameter.shape[0], 0)
 
 
-def _unnamed(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
-    """Parameters of the engine of which at least a part stands for none of these tensors."""
+def _unnamed(model: nn.Module, names: Sequence[str], loaded: Collection[str]) -> Iterator[str]:
+    """Parameters of the engine of which at least a part stands for none of these tensors.
+
+    Args:
+        model: vLLM's.
+        names: of all tensors that were sent.
+        loaded: parameters that the model itself says it has loaded a tensor into.
+    """
     given: dict[tuple[nn.Module, str], set[Any]] = {}
-    elsewhere = []  # e.g. experts, which a layer of its own kind puts together
+    elsewhere = False  # e.g. all experts in one tensor, which a layer of its own kind takes apart
     for name in names:
-        if (place := _locate(model, name)) is not None:
+        if (expert := _expert(model, name)) is not None:
+            given.setdefault(expert[:2], set()).add(expert[2:])
+        elif (place := _locate(model, name)) is not None:
             given.setdefault(place[:2], set()).add(place[2])
         else:
-            elsewhere.append(name)
+            elsewhere = True
     tensors = {getattr(module, attribute) for module, attribute in given}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -247,9 +268,14 @@ def _unnamed(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
                 complete = (
                     _is_quantized(module)
                     or (parameter in tensors and not hasattr(module, "cpu_linear"))
-                    or any(name.startswith(f"{path}.") for name in elsewhere)
+                    or (elsewhere and f"{path}.{attribute}" in loaded)
                 )
             else:
-                complete = None in shards or len(shards) == len(module.output_sizes)
+                complete = None in shards or len(shards) >= _parts(module, attribute)
             if not complete:
                 yield f"{path}.{attribute}"
+
+
+def _parts(module: Any, attribute: str) -> int:
+    """Of how many tensors a parameter consists."""
+    return len(module.output_sizes) if hasattr(module, "output_sizes") else experts.count(module, attribute)

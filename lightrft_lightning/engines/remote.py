@@ -124,6 +124,7 @@ class RemoteRollout(ServedRollout):
                 raise ValueError(dtype)
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise EngineError(f"{url}: GET /info: malformed answer {wire.shortened(about)}") from err
+        self.knows_files = about.get("engine") != "transformers"
         self._limit, self._exchange = limit, folder if _reads(folder / "nonce", nonce) else None
         self._open_session(end - time.monotonic())
         return None if dtype is None else str(dtype)

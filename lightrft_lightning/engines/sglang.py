@@ -39,7 +39,6 @@ from lightrft_lightning.engines.weight_sync import (
     WeightMismatchError,
     digest,
     folder_in_memory,
-    in_buckets,
     listed,
 )
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
@@ -58,6 +57,7 @@ DEFAULTS = {
     "mem_fraction_static": 0.3,  # of the GPU's memory: the trainer needs the rest
     "enable_deterministic_inference": True,  # without it, SGLang ignores the seeds of requests
     "random_seed": 0,
+    "trust_remote_code": False,
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 FUSED = {
@@ -408,7 +408,7 @@ class SGLangRollout(ServedRollout):
         self._begin_update()
         reset = {"action": "reset_tensors", "selector": "target"}
         self._on_rank_0(partial(self._post, "/weights_checker", reset))
-        for bucket in in_buckets(named_tensors, self.bucket_bytes, self.dtype):
+        for bucket in self._buckets(named_tensors):
             self._load(bucket)
         self._end_update(version)
         after = self._on_rank_0(self._checksums)

@@ -25,6 +25,7 @@ from typing_extensions import override
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.models import lora
+from lightrft_lightning.models.file_names import as_in_files
 from lightrft_lightning.models.quantized import dequantized
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class WeightMismatchError(EngineError):
 class PolicyWeights:
     """The weights of a policy as an engine's loader expects them; iterating gathers them, on all ranks together.
 
-    Whole tensors, named as in a Hugging Face checkpoint. A tied tensor comes under all of its names (an engine that
+    Whole tensors, named as in Transformers' model. A tied tensor comes under all of its names (an engine that
     keeps a repacked copy for the output head would otherwise keep the old one). Adapters are merged into the weights,
     and the merged weights are proved to compute what the layers with their adapters compute (`models.merging`).
 
@@ -67,6 +68,10 @@ class PolicyWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         tensors = dequantized(self.model, self.strategy.named_full_tensors(self.model))
         return lora.merged(self.model, tensors) if self._with_adapter else lora.without(self.model, tensors)
+
+    def as_in_files(self) -> Iterator[tuple[str, Tensor]]:
+        """The same with the names and shapes that they have in files, see `models.file_names`."""
+        return as_in_files(self.model, self)
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapter's matrices alone, on all ranks together, under the names of PEFT's own files."""
@@ -245,6 +250,8 @@ class EngineWithCopy(RolloutCallback):
     has_copy = True
     dtype: torch.dtype | None = None
     """What the engine computes in; None sends the trainer's type."""
+    knows_files = True
+    """Whether its loader takes a policy's tensors as they are in files, and not as in Transformers' memory."""
 
     def __init__(
         self,
@@ -286,7 +293,7 @@ class EngineWithCopy(RolloutCallback):
             raise ValueError("verify='all' goes through the weights twice: give PolicyWeights or a list, no iterator")
         expected = Expected(version)
         self._begin_update()
-        for bucket in in_buckets(named_tensors, self.bucket_bytes, self.dtype):
+        for bucket in self._buckets(named_tensors):
             if self.verify == "sample":
                 expected.add(bucket)
             self._load(bucket)
@@ -297,9 +304,14 @@ class EngineWithCopy(RolloutCallback):
         elif self.verify == "all":
             self._compare_all(named_tensors, version)
 
+    def _buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
+        if self.knows_files and isinstance(named_tensors, PolicyWeights):
+            named_tensors = named_tensors.as_in_files()
+        return in_buckets(named_tensors, self.bucket_bytes, self.dtype)
+
     def _compare_all(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         names: list[str] = []
-        for bucket in in_buckets(named_tensors, self.bucket_bytes, self.dtype):
+        for bucket in self._buckets(named_tensors):
             expected = Expected(version, everything=True)
             expected.add(bucket)
             names += expected.wanted
@@ -323,7 +335,9 @@ class EngineWithCopy(RolloutCallback):
             )
         if held.unreadable and not self._told:
             self._told = True
-            log.warning("%s: no verification of %s: they cannot be read back", type(self).__name__, held.unreadable)
+            log.warning(
+                "%s: no verification of %s: they cannot be read back", type(self).__name__, listed(held.unreadable)
+            )
 
     @abstractmethod
     def _begin_update(self) -> None:

@@ -319,7 +319,7 @@ def save_without_weights(model: Any, tokenizer: Any, folder: str) -> None:
     """What an engine needs to build a model but for its weights: configuration, tokenizer, the tokens that end."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = plain_config(inner.config)
-    config.architectures = config.architectures or [_unsharded_class(inner).__name__]  # unset until a model is saved
+    config.architectures = config.architectures or [unsharded_class(inner).__name__]  # unset until a model is saved
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if getattr(inner, "generation_config", None) is not None:
@@ -342,7 +342,7 @@ def on_meta(inner: Any, tied: bool = True) -> Any:
         part.tie_word_embeddings = False
     try:
         with torch.device("meta"):
-            made: Any = _unsharded_class(base)(config)
+            made: Any = unsharded_class(base)(config)
     except Exception as err:
         raise ValueError(f"no {type(base).__name__} can be built from the model's config: {err}") from err
     made.generation_config = getattr(base, "generation_config", None)
@@ -399,7 +399,7 @@ def _without_start(config: Any) -> Any:
     return config
 
 
-def _unsharded_class(model: nn.Module) -> type[nn.Module]:
+def unsharded_class(model: nn.Module) -> type[nn.Module]:
     """The class that `fully_shard` replaced by a subclass."""
     from torch.distributed.fsdp import FSDPModule
 

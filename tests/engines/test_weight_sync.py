@@ -145,7 +145,7 @@ def test_what_cannot_be_shown(caplog):
     engine.unreadable = ["c"]
     for version in (1, 2):
         engine.update_weights(weights().items(), version)
-    assert [r.getMessage() for r in caplog.records] == ["Copy: no verification of ['c']: they cannot be read back"]
+    assert [r.getMessage() for r in caplog.records] == ["Copy: no verification of 'c': they cannot be read back"]
     engine.unreadable = list(weights())
     with pytest.raises(
         WeightMismatchError, match=r"cannot show any weight, e\.g\. 'a', 'b', 'c' and 1 more: set verify"

@@ -17,7 +17,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -299,6 +306,31 @@ def check_every_wrong_tensor_is_named():
             with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError) as error:
                 strategy.update_engine_weights(changed(model))
             assert str(error.value).endswith(f"does not hold the trainer's {wrong!r}")
+
+
+def check_experts_arrive_in_each_update_and_a_wrong_one_is_named():
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "head_dim": 32, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id, **sizes, **experts)
+    model = MixtralForCausalLM(config).eval()
+    wrong = "model.layers.1.block_sparse_moe.experts.3.w3.weight"  # of a file; in memory they are one tensor
+
+    def spoiled(name, tensor):
+        return tensor * 1.001 if name == wrong else tensor
+
+    with engine_of(model) as (engine, strategy):
+        strategy.update_engine_weights(changed(changed(model)))
+        for prompt, group in zip(
+            PROMPTS[:4], engine.generate(PROMPTS[:4], SamplingParams(n=2, max_new_tokens=8)), strict=True
+        ):
+            assert all(close(c.logprobs, scored(model, prompt, c.token_ids)) for c in group)
+        with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError, match=rf"trainer's '{wrong}'$"):
+            strategy.update_engine_weights(model)
+        with (
+            mock.patch("lightrft_lightning.engines._vllm_experts.pack_again"),
+            pytest.raises((WeightMismatchError, RuntimeError), match=r"block_sparse_moe|size of tensor"),
+        ):
+            strategy.update_engine_weights(model)
 
 
 def check_a_single_wrong_value_is_found_in_time():

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import yaml
 
-FLAGS = ("enable-memory-saver", "enable-weights-cpu-backup", "enable-deterministic-inference", "disable-radix-cache")
+FLAGS = (
+    "enable-memory-saver", "enable-weights-cpu-backup", "enable-deterministic-inference", "disable-radix-cache",
+    "trust-remote-code",
+)  # fmt: skip
 VALUES = {
     "sampling-mask-max-tokens": 256, "mem-fraction-static": None, "random-seed": None, "context-length": 256,
     "dp-size": 1, "tp-size": 1, "dtype": "auto", "model-path": None, "load-format": "auto", "host": "127.0.0.1",
