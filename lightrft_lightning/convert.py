@@ -25,6 +25,7 @@ from lightrft_lightning.checkpoints.files import plain_file
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
+from lightrft_lightning.models.config_values import check_config_file
 from lightrft_lightning.models.merging import PREFIX
 from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
 from lightrft_lightning.models.remote_code import code_refused
@@ -306,6 +307,7 @@ def _check_architecture(path: Path, described: Mapping[str, Any] | None, where: 
     named: Any = getattr(transformers, str((described or {}).get("class")), None)
     # The name comes from a file: nothing but a model is called by it.
     is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    check_config_file(path)
     with torch.device("meta"), code_refused(where):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         config._attn_implementation = None  # a name that config.json gives may be a kernel to be fetched

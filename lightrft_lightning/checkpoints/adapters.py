@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.checkpoints.flat import TensorInfo
+from lightrft_lightning.models.config_values import check_config
 from lightrft_lightning.models.export import check_adapter_alone, check_nothing_beside, tied_names, with_adapters
 from lightrft_lightning.models.merging import PREFIX, Unit, units, whole_shape
 
@@ -121,6 +122,8 @@ def _built(described: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, Any
 
 
 def _config(settings: Mapping[str, Any]) -> Any:
+    if settings.get("megatron_config") is not None:  # PEFT would import the module that `megatron_core` names
+        raise ValueError("the checkpoint's adapter has a megatron_config: it is for Megatron's layers, take it out")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "adapter_config.json").write_text(json.dumps(settings))
         config = import_extra("peft", "hf").PeftConfig.from_pretrained(folder)
@@ -133,6 +136,7 @@ def _plain(described: Mapping[str, Any]) -> Any:
     cls = getattr(transformers, described["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f"transformers has no model {described['class']!r}, so its adapters cannot be converted")
+    check_config(described["config"], "the checkpoint's config")
     config = transformers.AutoConfig.for_model(**described["config"])
     with torch.device("meta"):
         return cls(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -9,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._registry import Registry
 from lightrft_lightning.checkpoints.files import check_model_folder
 from lightrft_lightning.models.attention import FLEX, dense_kernel, prefers_flex
+from lightrft_lightning.models.config_values import check_config, check_config_file
 from lightrft_lightning.models.quantized import mend, quantization_config
 from lightrft_lightning.models.remote_code import CodeRefusedError, code_refused
-from lightrft_lightning.models.streaming import building_on_meta, can_stream, parameters_on_meta
+from lightrft_lightning.models.streaming import building_on_meta, can_stream, check_shapes, parameters_on_meta
 from lightrft_lightning.models.tiny import ALPHABET, char_tokenizer, tiny_llama
 
 if TYPE_CHECKING:
@@ -110,11 +112,20 @@ def _without_weights(found: str, dtype: torch.dtype, attn_implementation: str | 
         return None
     transformers = import_extra("transformers", "hf")
     config = load_config(found)
-    with code_refused(found):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
-        )
-    return with_right_kernel(model, attn_implementation) if can_stream(model, Path(found)) else None
+
+    def build() -> PreTrainedModel:
+        with code_refused(found):
+            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
+            )
+        return model
+
+    with torch.device("meta"):  # parameters that are moved there one by one take memory before
+        empty = build()
+    if not can_stream(empty, Path(found)):
+        return None
+    check_shapes(empty, Path(found))
+    return with_right_kernel(build(), attn_implementation)
 
 
 def _from_pretrained(
@@ -127,7 +138,8 @@ def _from_pretrained(
         more = {"quantization_config": quantization_config(quantization, device), "device_map": {"": device}}
     more |= {"dtype": dtype, "attn_implementation": attn_implementation, "output_loading_info": True}
     try:
-        with code_refused(found):
+        with code_refused(found), sizes_explained(found):
+            check_found(found)
             model, report = auto.from_pretrained(found, trust_remote_code=False, **more)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
@@ -139,6 +151,24 @@ def _from_pretrained(
     return with_right_kernel(model, attn_implementation)
 
 
+def check_found(found: str) -> None:
+    """`check_config` for the config of a folder or of a hub id, which may have to be fetched."""
+    values, _ = import_extra("transformers", "hf").PretrainedConfig.get_config_dict(found)
+    check_config(values, found)
+
+
+@contextlib.contextmanager
+def sizes_explained(found: str) -> Iterator[None]:
+    """Inside, weights of other shapes than the config says are an error that names the folder."""
+    try:
+        yield
+    except RuntimeError as err:
+        if "ignore_mismatched_sizes" not in str(err):
+            raise
+        message = f"{found}: its weights have other shapes than its config.json says, see the table above"
+        raise ValueError(message) from err
+
+
 def load_config(source: Source) -> PretrainedConfig:
     """The config of `source`, without its weights; raises what `load_model` raises."""
     found = made_or_found(source)
@@ -147,6 +177,7 @@ def load_config(source: Source) -> PretrainedConfig:
     auto = import_extra("transformers", "hf").AutoConfig
     try:
         with code_refused(found):
+            check_found(found)
             config: PretrainedConfig = auto.from_pretrained(found, trust_remote_code=False)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err
@@ -232,6 +263,12 @@ def _pretrained(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ValueError(f"the folder {path} holds no Hugging Face model: there is no config.json in it")
         check_model_folder(path)
+        check_config_file(path)
+        if (path / "adapter_config.json").is_file():  # Transformers would load the model that it names, from anywhere
+            raise ValueError(
+                f"{path} holds an adapter beside its model (adapter_config.json): take it out, or load both yourself, "
+                "PeftModel.from_pretrained(model, folder, is_trainable=True), and pass the object"
+            )
         return str(path)
     # A hub id is one name within another; "models/mine" next to a folder "models" is a path with a typing mistake.
     is_hub_id = path.suffix != ".gguf" and name.count("/") == 1 and name[0] not in "./~" and not path.parent.is_dir()

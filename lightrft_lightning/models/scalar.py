@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.experience.packing import PROMPT, PackedBatch
-from lightrft_lightning.models.loading import Source, made_or_found, not_loaded, with_right_kernel
+from lightrft_lightning.models.loading import (
+    Source,
+    check_found,
+    made_or_found,
+    not_loaded,
+    sizes_explained,
+    with_right_kernel,
+)
 from lightrft_lightning.models.logprobs import backbone_of, check_layout, layout_inputs, replaced_forward
 from lightrft_lightning.models.outputs import plain_outputs
 from lightrft_lightning.models.remote_code import code_refused
@@ -63,6 +70,7 @@ def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str | 
     transformers = import_extra("transformers", "hf")
     try:
         with code_refused(found):
+            check_found(found)
             config = transformers.AutoConfig.from_pretrained(found, trust_remote_code=False)
         classifies = any("SequenceClassification" in name for name in config.architectures or ())
         if classifies and config.num_labels != 1:
@@ -72,7 +80,7 @@ def _from_pretrained(found: str, dtype: torch.dtype, attn_implementation: str | 
         config.num_labels = 1
         named = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
         auto = transformers.AutoModelForSequenceClassification
-        with code_refused(found):
+        with code_refused(found), sizes_explained(found):
             model, report = auto.from_pretrained(found, dtype=dtype, trust_remote_code=False, **named)
     except OSError as err:
         raise FileNotFoundError(not_loaded(found, err)) from err

@@ -66,6 +66,25 @@ def can_stream(model: nn.Module, folder: Path) -> bool:
     return bool(files) and all(any(alias in files for alias in names) for names in _aliases(model).values())
 
 
+def check_shapes(model: nn.Module, folder: Path) -> None:
+    """Refuse weights of other shapes than the model's, before it takes memory.
+
+    Raises:
+        ValueError: the message names the first one.
+    """
+    safe_open = import_extra("safetensors", "hf").safe_open
+    files = safetensors_files(folder)
+    with contextlib.ExitStack() as opened:
+        content = {file: opened.enter_context(safe_open(file, framework="pt")) for file in set(files.values())}
+        for parameter, names in _aliases(model).items():
+            for name in (n for n in names if n in files):
+                shape = tuple(content[files[name]].get_slice(name).get_shape())
+                if shape != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{files[name]}: {name} has shape {shape}, by config.json it is {tuple(parameter.shape)}"
+                    )
+
+
 def fill_from_folder(model: nn.Module, folder: Path) -> None:
     """Read into each parameter the part of it that this process holds, straight from the files.
 
