@@ -88,4 +88,13 @@ class ExportModel(Callback):
             pl_module.strategy.save_model(trained_model(self, pl_module), pl_module.tokenizer, directory)
         except ExportError as err:
             self._problem = err
+        except Exception as err:
+            if pl_module.strategy.world_size > 1:  # other ranks may wait for this one
+                raise
+            self._problem = ExportError(
+                f"the model could not be written into {directory}: {str(err) or type(err).__name__}. The module "
+                "still has its weights (strategy.save_model), and so have this run's checkpoints (lightrft convert)"
+            )
+            self._problem.__cause__ = err
+            return
         self.exported = directory

@@ -14,19 +14,25 @@ _LAYERS = re.compile(r"(^|_)n(um)?_.*layers?$|^n_?layers?$|(encoder|decoder)_lay
 
 
 def check_config_file(folder: Path) -> None:
-    """As `check_config`, for the ``config.json`` of a folder.
+    """As `check_config`, for the ``config.json`` of a folder, and that its ``generation_config.json`` can be read.
 
     Raises:
-        ValueError: also if it is no JSON.
+        ValueError: also if one is no JSON. Transformers would take its own values for the second then.
     """
     file = folder / "config.json"
+    check_config(_read(file), str(file))
+    if (file := folder / "generation_config.json").is_file():
+        _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as err:
         raise ValueError(f"{file} is no JSON: {err}") from err
     if not isinstance(values, dict):
         raise ValueError(f"{file} is no config: it holds a {type(values).__name__}")
-    check_config(values, str(file))
+    return values
 
 
 def check_config(values: Mapping[str, Any], where: str) -> None:

@@ -122,6 +122,8 @@ def rehearse(model: nn.Module, tokenizer: Any, folder: Path) -> int:
     made = on_meta(inner)
     if has_adapters(inner):
         check_mergeable(inner, made)
+    else:
+        _check_shared(inner, made)
     made.config.architectures = made.config.architectures or [type(made).__name__]
     check_writable(folder)
     with tempfile.TemporaryDirectory(prefix="lightrft_rehearsal_") as there:
@@ -130,6 +132,16 @@ def rehearse(model: nn.Module, tokenizer: Any, folder: Path) -> int:
                 f"{name} cannot be written: {_first_line(err)}. {REMEDIES.get(name, '')}".rstrip()
             ) from err
     return sum(p.numel() * p.element_size() for p in made.to(dtype=_dtype(inner)).parameters())
+
+
+def _check_shared(inner: nn.Module, made: nn.Module) -> None:
+    known = [{*group} for group in tied_names(made)]
+    for group in tied_names(inner):
+        if not any(known_group >= {*group} for known_group in known):
+            raise ValueError(
+                f"{group[0]} and {group[1]} are one tensor, unlike in a {type(made).__name__} of this config: "
+                "make them two, nn.Parameter(weight.detach().clone())"
+            )
 
 
 REMEDIES = {
@@ -146,8 +158,8 @@ def _dtype(inner: Any) -> torch.dtype:
 
 
 def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(err).__name__
+    lines = [line.strip() for line in str(err).strip().splitlines()] or [type(err).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith((":", ": .")) else lines[0]).rstrip(".")
 
 
 def existing_parent(path: Path) -> Path:
@@ -164,13 +176,14 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: they cannot.
     """
-    parent = existing_parent(folder)
     try:
+        parent = existing_parent(folder)
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is no folder")
-        with tempfile.TemporaryDirectory(prefix=".lightrft-", dir=parent):
-            pass
-    except OSError as err:
+        with tempfile.TemporaryDirectory(prefix=".lightrft-", dir=parent) as there:
+            if parent != folder.absolute():
+                (Path(there) / folder.absolute().relative_to(parent)).mkdir(parents=True)
+    except (OSError, ValueError) as err:
         raise ValueError(f"nothing can be written into {folder}: {err}") from err
 
 

@@ -33,12 +33,22 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     Args:
         model: a Hugging Face model, what `load_model` takes, or None.
         tokenizer: of the model, or its processor.
+
+    Raises:
+        ValueError: a config names what is no id.
     """
     ids: set[int] = set()
     tokenizer = text_tokenizer(tokenizer)
     for value in (*_of_configs(model), tokenizer.eos_token_id, turn_end(tokenizer)):
-        if value is not None:
-            ids.update([value] if isinstance(value, int) else value)
+        if value is None:
+            continue
+        listed = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(i, int) for i in listed):
+            raise ValueError(
+                f"eos_token_id={value!r} of the model's generation config, or config: must be the id of a token or a "
+                "list of these"
+            )
+        ids.update(listed)
     return frozenset(ids)
 
 

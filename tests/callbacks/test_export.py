@@ -120,6 +120,8 @@ def test_folders_that_take_no_files(fit, module, tmp_path):
     match = r"ModelCheckpoint\(dirpath='.*inside'\): nothing can be written .*Choose another folder before training"
     refused(fit, module, match, ModelCheckpoint(inside))
     refused(fit, module, r"filename='a.what'\): 'what' is none of .*png", RewardCurve("a.what"))
+    for name in ("x" * 300, "a\0b"):
+        refused(fit, module, "ExportModel, .*: nothing can be written into", ExportModel(str(tmp_path / name)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -129,6 +131,31 @@ def test_too_little_room(fit, module, monkeypatch, tmp_path, caplog):
     refused(fit, module, r"the weights take 0\.0 GiB, and 0\.0 GiB are free: make room", ExportModel())
     fit(ModelCheckpoint(tmp_path / "checkpoints", save_last=True), max_epochs=0)
     assert any("up to 3 checkpoints of about" in r.getMessage() for r in caplog.records)
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_nobody_else_from_writing(fit, module, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    class Late(ModelCheckpoint):
+        def on_train_end(self, trainer, pl_module):
+            (tmp_path / "late").touch()
+
+    monkeypatch.setattr(type(module.actor), "save_pretrained", full)
+    export = ExportModel()
+    with pytest.raises(
+        ExportError, match=r"could not be written into .*model: .*No space left.*so have this run's check"
+    ):
+        fit(export, Late(tmp_path / "checkpoints"), module=module)
+    assert (tmp_path / "late").exists() and export.exported is None and module.iteration > 0
+
+
+def test_weights_that_the_config_knows_nothing_of_being_one(fit, module, monkeypatch):
+    layers = module.actor.model.layers
+    monkeypatch.setattr(layers[1].mlp.up_proj, "weight", layers[0].mlp.up_proj.weight)
+    refused(
+        fit, module, r"layers.0.mlp.up_proj.weight and model.layers.1.mlp.up_proj.weight are one tensor", ExportModel()
+    )
 
 
 def test_weights_are_written_whatever_fails_beside_them(fit, tmp_path, monkeypatch, tiny_tokenizer):

@@ -93,7 +93,16 @@ def test_the_ends_of_a_folder_are_those_of_the_model_in_it(tmp_path):
     assert end_ids(str(tmp_path), tokenizer) == end_ids(policy, tokenizer) == {2, 7}
     GenerationConfig(eos_token_id=[9]).save_pretrained(tmp_path)
     assert end_ids(str(tmp_path), tokenizer) == {2, 9}
-    (tmp_path / "generation_config.json").unlink()
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": "<end>"}')
+    with pytest.raises(
+        ValueError, match=r"eos_token_id='<end>' of the model's generation config.* must be the id of a"
+    ):
+        end_ids(str(tmp_path), tokenizer)
+    file.write_text('{"eos_token_id": [9')
+    with pytest.raises(ValueError, match=r"generation_config.json is no JSON: Expecting"):
+        end_ids(str(tmp_path), tokenizer)
+    file.unlink()
     assert end_ids(str(tmp_path), tokenizer) == {2, 7}
 
 
