@@ -1,8 +1,10 @@
 """A scheduler's signal ends a `Trainer`'s run after the iteration at hand, on all ranks, with a checkpoint.
 
-SIGTERM, and under SLURM with ``auto_requeue`` also its requeue signal, may reach one rank or all of them. Each rank
-takes note; at the end of a batch, where all ranks pass, they agree. Lightning then ends its loops by a
-`SIGTERMException`, before which they save. Its own way would save in the middle of an iteration, and on its own rank.
+SIGTERM, SIGHUP of a terminal that was closed, and under SLURM with ``auto_requeue`` also its requeue signal, may reach
+one rank or all of them. Each rank takes note; at the end of a batch, where all ranks pass, they agree. Lightning then
+ends its loops by a `SIGTERMException`, before which they save. Its own way would save in the middle of an iteration,
+and on its own rank. Before the run has begun, SIGTERM and SIGHUP end the process as an exception does: engines and
+ranks that it has started end with it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ EXIT_CODE = 128 + signal.SIGTERM
 ONE_ORDER = 1.0
 """Seconds in which signals count as one: some schedulers reach a process themselves and through its launcher."""
 
+SETUP_GRACE = 20.0
+"""Seconds for a process that is being set up to come to its end."""
+
 _installed: weakref.WeakSet[Signals] = weakref.WeakSet()
 
 
@@ -64,6 +69,9 @@ class Signals(_SignalConnector):
         super().__init__(trainer)
         self.order: int | None = None
         self._ordered_at = 0.0
+        self._ours: set[signal.Signals] = set()
+        self._running = self._left = False
+        self._leaving: threading.Timer | None = None
         self._previous_fd = -1
         self._thread: threading.Thread | None = None
         self._reader, self._writer = socket.socketpair()
@@ -78,11 +86,19 @@ class Signals(_SignalConnector):
         return environment.requeue_signal
 
     def listen(self) -> None:
-        """Begin with the requeue signal: what is being set up may take minutes, and the job would be lost."""
+        """Hear signals from now on: what is being set up may take minutes, and a job to queue again would be lost."""
+        if self._thread is not None:
+            return
         self._original_handlers = self._get_current_signal_handlers()
-        if threading.current_thread() is not threading.main_thread() or self._thread is not None:
+        if threading.current_thread() is not threading.main_thread():
             return  # a fit in a thread: signals go to the main thread, which is not ours
+        self._running = self._left = False
+        self._leaving = None
         requeue = self.requeue_signal
+        # Not those that a user or `nohup` has handlers for.
+        self._ours = {s for s in (signal.SIGTERM, signal.SIGHUP) if not self._has_already_handler(s)}
+        for signum in self._ours:
+            self._register_signal(signum, self._leave)
         if requeue is not None and not self._has_already_handler(requeue):
             self._register_signal(requeue, self._on_signal)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -92,15 +108,21 @@ class Signals(_SignalConnector):
 
     @override
     def register_signal_handlers(self) -> None:
-        """Lightning's, once everything is set up. Until then SIGTERM ends the process at once: nothing is lost."""
+        """Lightning's, once everything is set up."""
         self.received_sigterm = False
+        self._running = True
         if self._thread is not None:
             handler = signal.getsignal(signal.SIGTERM)
-            ours = _HandlersCompose([self._on_signal, handler]) if callable(handler) else self._on_signal
+            others = callable(handler) and handler != self._leave
+            ours = _HandlersCompose([self._on_signal, handler]) if others else self._on_signal
             self._register_signal(signal.SIGTERM, ours)
+            if signal.SIGHUP in self._ours:
+                self._register_signal(signal.SIGHUP, self._on_signal)
 
     @override
     def teardown(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
         if self._thread is not None:
             self._thread = None
             _installed.discard(self)
@@ -121,6 +143,13 @@ class Signals(_SignalConnector):
             signal.set_wakeup_fd(current, warn_on_full_buffer=False)
             self._take(signum)
 
+    def _leave(self, signum: int, frame: Any) -> None:
+        """Nothing is lost: no batch is done. Only once, as what ends because of it takes its time."""
+        self._on_signal(signum, frame)
+        if not self._left:
+            self._left = True
+            raise SystemExit(EXIT_CODE)
+
     def _listen(self) -> None:
         while True:
             for signum in self._reader.recv(64):
@@ -128,12 +157,21 @@ class Signals(_SignalConnector):
                     return
                 if self._previous_fd != -1:
                     os.write(self._previous_fd, bytes([signum]))
-                if signum in (signal.SIGTERM, self.requeue_signal):
+                if signum in (signal.SIGTERM, self.requeue_signal) or signum in self._ours:
                     self._take(signum)
 
     def _take(self, signum: int) -> None:
         now = time.monotonic()
-        if self.order is None:
+        if self._thread is None:  # the run has ended meanwhile
+            return
+        if self._leaving is None and not self._running and signum in self._ours:
+            self._ordered_at = now
+            told = f"was told by {_name(signum)} to end, and had not after {SETUP_GRACE:g} s"
+            self._leaving = threading.Timer(SETUP_GRACE, failures.end_at_once, (told, EXIT_CODE))
+            self._leaving.daemon = True
+            self._leaving.start()
+            failures.say(f"{_name(signum)} before the first batch: the run ends")
+        elif self.order is None and self._leaving is None:
             self.order, self._ordered_at = signum, now
             if self.trainer.global_rank == 0:
                 failures.say(f"{_name(signum)}: the run ends after this iteration; a second signal ends it at once")

@@ -30,7 +30,7 @@ def chains(tmp_path_factory):
 def test_runs_that_are_preempted_at_random_moments_do_what_one_run_does(chains):
     preempted = 0
     for name, chain in chains.items():
-        if name not in ("twice", "requeued"):
+        if name not in ("twice", "setup", "setup, computing", "requeued"):
             *ended, (_, last) = chain["codes"]
             assert last == [0] * chain["ranks"], chain["errors"]
             assert all(codes == [143] * chain["ranks"] for _, codes in ended)
@@ -60,3 +60,15 @@ def test_a_second_signal_ends_all_ranks_at_once(chains):
     cause = "was told by a second signal, SIGTERM, to end at once"
     assert f"this process {cause}" in chain["errors"]
     assert re.search(rf"rank 1 ended because rank 0 .* failed: {cause}", chain["errors"])
+
+
+def test_a_signal_while_a_run_is_set_up_ends_it_in_good_order(chains):
+    """Callbacks hear of it and close what they have started; a library that computes meanwhile has its time."""
+    chain = chains["setup"]
+    ((_, codes),) = chain["codes"]
+    assert codes == [143, 1] and chain["log"] == []
+    assert "SIGTERM before the first batch: the run ends" in chain["errors"]
+    assert re.search(r"rank 1 ended because rank 0 .* failed: SystemExit: 143", chain["errors"])
+    chain = chains["setup, computing"]
+    assert chain["codes"][0][1] == [143]
+    assert "was told by SIGTERM to end, and had not after 0.1 s" in chain["errors"]

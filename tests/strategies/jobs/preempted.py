@@ -94,6 +94,14 @@ class Strike(pl.Callback):
     def strike(self, *args):
         os.kill(os.getpid(), self.signum)
 
+    def setup(self, trainer, module, stage):
+        if self.moment[0] == "setup":
+            self.strike()
+        if self.moment[0] == "setup, computing":
+            preemption.SETUP_GRACE = 0.1
+            threading.Timer(0.1, self.strike).start()
+            torch.linalg.svd(torch.rand(1500, 1500))  # meanwhile the interpreter hears of nothing
+
     def on_train_start(self, trainer, module):
         name, value = self.moment
         if name == "twice":
@@ -223,6 +231,8 @@ def main():
         ]
         report[name] = {**run(name, chain, moments), "undisturbed": undisturbed[like]["log"]}
     report["twice"] = run("twice", Chain(2), [("twice", 0)])
+    report["setup"] = run("setup", Chain(2), [("setup", 0)])
+    report["setup, computing"] = run("setup, computing", Chain(), [("setup, computing", 0)])
     report["requeued"] = (FOLDER / "requeued").read_text() if (FOLDER / "requeued").exists() else ""
     print(json.dumps(report))
 
