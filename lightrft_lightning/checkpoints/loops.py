@@ -23,7 +23,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightrft_lightning.checkpoints import claim, epoch_sums, stopping
+from lightrft_lightning.checkpoints import claim, data_size, epoch_sums, stopping
 from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
 
 BATCH_END, AFTER_VALIDATION = "batch end", "after validation"
@@ -278,6 +278,7 @@ class FitLoop(_FitLoop):
             "left": BATCH_END if self.epoch_loop.saving_late else left,
             "is_last": loader is not None and self.epoch_loop._num_ready_batches_reached(),
             "reloaded": self._last_train_dl_reload_epoch,
+            "data": data_size.sizes(trainer),
             "metrics": {name: _numbers(getattr(trainer, name)) for name in _METRICS},
             "checkpoints": [{name: getattr(c, name) for name in _REMEMBERED} for c in _model_checkpoints(trainer)],
         }
@@ -331,8 +332,10 @@ class FitLoop(_FitLoop):
             loop._restarting = False
             loop.reset_restart_stage()
         self._resuming_from_checkpoint = epoch_loop.resumed = self.position.in_epoch
-        if self.position.in_epoch and not self.position.is_last:
+        in_epoch = self.position.in_epoch and not self.position.is_last
+        if in_epoch:
             self._count_batches()
+        data_size.tell_changes(self._extra.get("data", []), data_size.sizes(self.trainer), in_epoch)
         for name in self._extra.get("metrics", {}):
             getattr(self.trainer._logger_connector, f"_{name}").update(self._saved_metrics(name))
 
