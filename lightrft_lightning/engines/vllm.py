@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.engines.shared_memory import of_this_run
 from lightrft_lightning.engines.weight_sync import (
     Bucket,
     EngineWithCopy,
@@ -192,7 +193,9 @@ class VLLMRollout(EngineWithCopy):
         engine_args = vllm.EngineArgs(**arguments)
         import_extra("vllm.logger", "vllm").configure_logging_if_needed(engine_args.create_logging_config())
         # It seeds all random generators, and may be started while Lightning evaluates.
-        with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu):
+        shared = not gpu and self.tensor_parallel_size > 1 and ranks > 1
+        memory = of_this_run() if shared else contextlib.nullcontext()
+        with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu), memory:
             self._engine = vllm.LLMEngine.from_engine_args(engine_args)
         self.dtype = self._engine.model_config.dtype
         self.know_tokens(folder, load_tokenizer(folder) if self.tokenizer is None else self.tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import checks
 
 from lightrft_lightning import FSDPV2Strategy, SamplingParams
+from lightrft_lightning.engines.shared_memory import FOLDER
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -38,6 +39,7 @@ def check_greedy_tokens_do_not_depend_on_the_ranks_of_an_engine():
 
 def check_unequal_numbers_of_prompts_find_their_way_back():
     engine = engine_on(2)
+    assert not list(FOLDER.glob("*cpushm*")), "nobody else may find it, and a kill leaves nothing behind"
     rank = TRAINER.global_rank
     try:
         everything = TRAINER.gather_and_generate(GREEDY, all_prompt_token_ids=PROMPTS[:8])
