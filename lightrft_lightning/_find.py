@@ -5,11 +5,15 @@ A name that stands in a checkpoint was written by whoever made it: of these, onl
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
 import inspect
+import os
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -25,6 +29,15 @@ FILE_MODULES = "lightrft_file_"
 
 _stamps: dict[str, tuple[int, int]] = {}
 """Of each module from a file when it was written last, and its size."""
+
+_folder: str | None = None
+"""Where the modules from files are found under their names."""
+
+_STAND_IN = """import importlib.util, sys
+spec = importlib.util.spec_from_file_location(__name__, {path!r})
+sys.modules[__name__] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
 
 _given: ContextVar[frozenset[str] | None] = ContextVar("given", default=None)
 """Inside of `settings_of_a_checkpoint`: what its caller has named himself."""
@@ -148,4 +161,20 @@ def _load_file(path: Path, kind: str) -> ModuleType:
         del sys.modules[name]
         raise
     _stamps[name] = stamp
+    _let_children_find(name, path.resolve())
     return module
+
+
+def _let_children_find(name: str, path: Path) -> None:
+    """Processes that `multiprocessing` spawns import modules by name, from our `sys.path`."""
+    global _folder
+    if _folder is None:
+        _folder = tempfile.mkdtemp(prefix="lightrft_modules_")
+        atexit.register(_remove, _folder, os.getpid())
+        sys.path.append(_folder)
+    Path(_folder, f"{name}.py").write_text(_STAND_IN.format(path=str(path)))
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # no fork
+        shutil.rmtree(folder, ignore_errors=True)

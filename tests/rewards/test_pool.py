@@ -80,6 +80,14 @@ def pools(completions):
     with multiprocessing.Pool(2) as pool:
         return pool.map(length, completions)
 
+def spawns(completions):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(length, completions)
+
+def serves(completions):
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        return pool.map(length, completions)
+
 class Stateful:
     def __init__(self, offset):
         self.offset = offset
@@ -132,8 +140,10 @@ def test_what_a_process_has_started_ends_with_it(file, score):
     assert _of_command("sleep 4711") == [] and _children(os.getpid(), "keeper.py") == []
 
 
-def test_a_pool_inside_a_process(file, score):
-    assert score(Rewards({"name": f"{file}:pools", "processes": 1}), ["a", "bb", "ccc"])[0] == [1, 2, 3]
+@pytest.mark.parametrize(("name", "processes"), [("pools", 1), ("spawns", 1), ("serves", 1), ("spawns", None)])
+def test_a_pool_inside_a_process_or_a_thread(file, score, name, processes):
+    rewards = Rewards({"name": f"{file}:{name}", **({"processes": 1} if processes else {})}, deadline=60)
+    assert score(rewards, ["a", "bb", "ccc"])[0] == [1, 2, 3]
 
 
 def test_a_file_that_cannot_be_run_there_says_why_once(tmp_path, score, caplog):
