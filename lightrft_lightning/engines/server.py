@@ -53,7 +53,8 @@ T = TypeVar("T")
 KEEP_ALIVE = 3.0
 """Seconds between the lines that tell whether a session's trainer is still there."""
 MOMENT = 1.0
-"""Seconds that a new session waits for the one before, whose connection may just be closing."""
+"""Seconds that a new session waits for the one before, whose connection may just be closing; and a call for the
+engine to notice its deadline."""
 LOST_AFTER = 20_000
 """Milliseconds after which a machine that acknowledges nothing counts as gone."""
 CLOSE = 5.0
@@ -159,6 +160,19 @@ async def disconnected(receive: Receive) -> None:
 # -------------------------------------------------------------------- routes
 
 
+async def _before(end: float, arrived: asyncio.Queue[Any], late: Exception, stop: threading.Event) -> Any:
+    """What arrives next; from `end` on, `late`, and `stop` is set."""
+    coming = asyncio.ensure_future(arrived.get())
+    try:
+        done, _ = await asyncio.wait({coming}, timeout=max(0.0, end - time.monotonic()))
+        if done:
+            return coming.result()
+        stop.set()
+        return late
+    finally:
+        coming.cancel()
+
+
 @dataclass(frozen=True)
 class Session:
     """The trainer that may change the engine."""
@@ -257,8 +271,13 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server is shutting down
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
+        def in_time() -> asyncio.Future[Any]:
+            """What arrives next, or an error once the deadline has passed: the engine notices between two layers."""
+            told = f"the engine has not stopped computing at deadline={wanted.deadline:g} s"
+            return asyncio.ensure_future(_before(end + MOMENT, arrived, HTTPException(504, told), stop))
+
         self.thread.submit(self.hosted.generate, wanted, send, stop, end)
-        first = await self._unless_gone(request, arrived, stop)
+        first = await self._unless_gone(request, in_time(), stop)
         if isinstance(first, Exception):
             raise first
 
@@ -268,15 +287,15 @@ class Service:
                 yield item
                 if "done" in item:
                     return
-                item = await arrived.get()
+                item = await in_time()
             log.error("the engine failed", exc_info=item)
             yield {"error": f"{type(item).__name__}: {item}"}
 
         return Lines(lines(), stop.set)
 
-    async def _unless_gone(self, request: Request, arrived: asyncio.Queue[Any], stop: threading.Event) -> Any:
+    async def _unless_gone(self, request: Request, first: asyncio.Future[Any], stop: threading.Event) -> Any:
         """What arrives first; `stop` is set if the client hangs up before."""
-        first, gone = asyncio.ensure_future(arrived.get()), asyncio.ensure_future(disconnected(request.receive))
+        gone = asyncio.ensure_future(disconnected(request.receive))
         try:
             await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
             if first.done():

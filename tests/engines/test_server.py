@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import pickle
 import re
 import signal
 import socket
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,6 +240,17 @@ def test_a_call_ends_at_its_deadline_and_when_its_client_hangs_up(http):
             )
     assert http.post("/generate", json=request()).status_code == 200
     assert time.monotonic() - start < 20
+
+
+def test_a_call_is_answered_at_its_deadline_while_the_engine_is_inside_of_a_layer():
+    arrived, stop = asyncio.Queue(), threading.Event()
+    late = server_module.HTTPException(504)
+
+    async def call():
+        await arrived.put("group")
+        return [await server_module._before(time.monotonic() + wait, arrived, late, stop) for wait in (9, 0.01)]
+
+    assert asyncio.run(call()) == ["group", late] and stop.is_set()
 
 
 def test_sigterm_in_a_call_ends_the_server_in_order(start_server):
