@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -133,14 +134,15 @@ class Settings(pl.LightningModule):
         checks = {
             "first_token_temperature": (first is None or first > 0, "above 0, or None"),
             "high_entropy_share": (0 < self.high_entropy_share <= 1, "above 0 and at most 1 (all tokens)"),
-            "kl_coef": (self.kl_coef >= 0, "0 or more"),
+            "kl_coef": (0 <= self.kl_coef < math.inf, "0 or more"),
             "kl_target": (self.kl_target is None or self.kl_target > 0, "above 0, or None"),
             "kl_horizon": (self.kl_horizon >= 1, "at least 1"),
             "staleness": (self.staleness in (0, 1), "0, or 1 to sample one batch ahead"),
             "sampling_attempts": (self.sampling_attempts >= 1, "at least 1"),
             "reward_clip": (self.reward_clip >= 0, "0 (off) or more"),
             "advantage_clip": (self.advantage_clip >= 0, "0 (off) or more"),
-            "lr": (self.lr >= 0, "0 or more"),
+            "lr": (0 <= self.lr < math.inf, "0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "warmup_ratio": (0 <= self.warmup_ratio <= 1, "between 0 and 1"),
             "epochs_per_rollout": (self.epochs_per_rollout >= 1, "at least 1"),
             "steps_per_epoch": (self.steps_per_epoch >= 1, "at least 1"),

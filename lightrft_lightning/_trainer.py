@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -31,6 +32,10 @@ def check_strategy(module: pl.LightningModule) -> None:
             f"{type(module).__name__} trains through a lightrft strategy, got "
             f"{type(module.trainer.strategy).__name__}: use Trainer(strategy='lightrft_fake')"
         )
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            name = type(callback).__name__
+            raise ValueError(f"{name} works with automatic optimization only: leave it out and set the value yourself")
     precision, fitting = str(module.trainer.precision), module.trainer.state.fn == TrainerFn.FITTING
     if fitting and precision.startswith(("bf16-true", "16-true", "transformer-engine")):
         mixed = "16-mixed" if precision == "16-true" else "bf16-mixed"

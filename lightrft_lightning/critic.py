@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._errors import check_types, unknown_name
 from lightrft_lightning._trainer import LR_SCHEDULES
 from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.models.layers import in_training_mode
@@ -47,11 +48,13 @@ class Critic:
     warmup_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types("Critic", Critic, vars(self))
         checks = {
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "value_coef": (self.value_coef > 0, "above 0"),
             "value_clip": (self.value_clip is None or self.value_clip > 0, "above 0, or None to switch it off"),
             "warmup_iterations": (self.warmup_iterations >= 0, "0 or more"),
-            "lr": (self.lr >= 0, "0 or more"),
+            "lr": (0 <= self.lr < math.inf, "0 or more"),
             "warmup_ratio": (0 <= self.warmup_ratio <= 1, "between 0 and 1"),
         }
         for name, (ok, allowed) in checks.items():

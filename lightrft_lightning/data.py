@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import string
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from os import PathLike
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._errors import check_types, import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.experience.fingerprint import difference, fingerprint
 from lightrft_lightning.experience.trajectory import Prompt
@@ -265,13 +265,17 @@ def load_rows(source: Any, limit: int | None = None, prompt_column: str = "promp
         ValueError: unknown kind of file, a broken line (with its number), a row that is none, or no rows at all.
         TypeError: `source` is none of these.
     """
+    source = _table_rows(source)
     if isinstance(source, (str, PathLike)):
         name, rows = str(source), _read_path(Path(source))
     elif isinstance(source, Mapping):
         from lightrft_lightning.tasks import make_task
 
+        if "task" not in source:
+            keys = ", ".join(map(repr, source))
+            raise ValueError(f"a mapping with {keys} is no list of rows: take one of its values, or {{'task': name}}")
         name, rows = f"task {source.get('task')!r}", iter(make_task(source))
-    elif isinstance(source, Iterable) and not isinstance(source, (bytes, Iterator)):
+    elif isinstance(source, Iterable) and not isinstance(source, (bytes, Iterator, Set)):
         name, rows = type(source).__name__, iter(source)
     else:
         raise TypeError(
@@ -281,6 +285,18 @@ def load_rows(source: Any, limit: int | None = None, prompt_column: str = "promp
     if not result:
         raise ValueError(f"{name}: no prompts")
     return result
+
+
+def _table_rows(source: Any) -> Any:
+    """The rows of a table (pandas, polars, pyarrow), which would give its columns if one went through it."""
+    if hasattr(source, "iterrows"):
+        return source.to_dict("records")
+    rows = getattr(source, "to_dicts", None) or (getattr(source, "to_pylist", None) if _has_columns(source) else None)
+    return source if rows is None else rows()
+
+
+def _has_columns(source: Any) -> bool:
+    return hasattr(source, "column_names") and not hasattr(source, "features")  # as datasets.Dataset has
 
 
 def _as_row(item: Any, prompt_column: str, where: str) -> Row:
@@ -421,6 +437,7 @@ class PromptDataModule(pl.LightningDataModule):
         max_length: int | None = None,
     ) -> None:
         super().__init__()
+        check_types("PromptDataModule", PromptDataModule.__init__, locals())
         self.sources = {"train": train, "val": val, "predict": predict}
         # A mapping with this key is a task, see `load_rows`.
         named = val if isinstance(val, Mapping) and "task" not in val else {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning import algorithms
+from lightrft_lightning._errors import check_types
 from lightrft_lightning._sampling import Ahead, Sampled, sampled_from_state, sampled_state
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._settings import ONE_CALL
@@ -30,7 +31,7 @@ from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.environments.episodes import Episodes, with_environment
 from lightrft_lightning.experience.refill import Refill, informative_groups
-from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory
+from lightrft_lightning.experience.trajectory import Completion, Prompt, SamplingParams, Trajectory, check_batch
 from lightrft_lightning.metrics import (
     SampleResult,
     pass_metrics,
@@ -206,6 +207,7 @@ class RLHFModule(Update):
         super().__init__()
         if model is None or (rewards is None and environment is None):
             raise ValueError(f"RLHFModule needs `{'model' if model is None else 'rewards'}`")
+        check_types("RLHFModule", RLHFModule.__init__, locals())
         sampling = _as_sampling(sampling)
         greedy = SamplingParams(temperature=0.0, max_new_tokens=sampling.max_new_tokens, stop=sampling.stop)
         self.automatic_optimization = False
@@ -412,6 +414,7 @@ class RLHFModule(Update):
             on_group: called with each group as soon as the engine has finished it.
             first_group: number of the first.
         """
+        check_batch(prompts)
         engine, numbers = self.rollout_engine, self._group_numbers(len(prompts), first_group)
         groups: dict[int, list[Trajectory]] = {}
         ids = [p.token_ids for p in prompts]

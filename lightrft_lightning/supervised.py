@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightrft_lightning._errors import unknown_name
+from lightrft_lightning._errors import check_types, unknown_name
 from lightrft_lightning._seeds import global_seed
 from lightrft_lightning._trainer import LR_SCHEDULES, check_optimizers, check_strategy, with_lr_schedule
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
@@ -21,7 +22,7 @@ from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
 from lightrft_lightning.experience.packing import PackedBatch, pack
-from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory, check_batch
 from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
 from lightrft_lightning.models.logprobs import pretrained_part, shared_prompt_problem
@@ -97,6 +98,7 @@ class SupervisedModule(pl.LightningModule):
         super().__init__()
         if model is None:
             raise ValueError(f"{type(self).__name__} needs `model`")
+        check_types(type(self).__name__, SupervisedModule.__init__, locals())
         self.automatic_optimization = False
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_schedule, self.warmup_ratio = lr_schedule, warmup_ratio
@@ -104,7 +106,8 @@ class SupervisedModule(pl.LightningModule):
         self.check_numerics = check_numerics
         if lr_schedule not in LR_SCHEDULES:
             raise ValueError(unknown_name("lr_schedule", lr_schedule, LR_SCHEDULES))
-        self._check("lr", lr >= 0, "0 or more")
+        self._check("lr", 0 <= lr < math.inf, "0 or more")
+        self._check("weight_decay", 0 <= weight_decay < math.inf, "0 or more")
         self._check("warmup_ratio", 0 <= warmup_ratio <= 1, "between 0 and 1")
         self._check("token_budget", token_budget >= 1, "at least 1")
         self._source: Any = None if isinstance(model, nn.Module) else model
@@ -229,6 +232,7 @@ class SupervisedModule(pl.LightningModule):
             ValueError: one has not the texts that the module trains on, or is too long for a pass or the model.
         """
         prompts = list(prompts)
+        check_batch(prompts)
         for prompt in prompts:
             if len(prompt.completions) != len(self.completion_columns):
                 raise ValueError(

@@ -429,7 +429,16 @@ def test_missing_file_and_foreign_folder(tmp_path):
         load_rows(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", [3, b"x", iter([]), None])
+def test_tables_are_read_by_rows():
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    for table in (pandas.DataFrame(rows), pyarrow.Table.from_pylist(rows)):
+        assert load_rows(table) == rows
+    with pytest.raises(ValueError, match="a mapping with 'train', 'test' is no list of rows: take one of its values"):
+        load_rows({"train": rows, "test": rows})
+
+
+@pytest.mark.parametrize("source", [3, b"x", iter([]), None, {"in", "any", "order"}])
 def test_sources_of_other_types(source):
     with pytest.raises(TypeError, match="prompts come from a path, a list"):
         load_rows(source)

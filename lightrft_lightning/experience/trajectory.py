@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
+
+from lightrft_lightning._errors import check_types
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -60,7 +62,11 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        check_types("SamplingParams", SamplingParams, vars(self))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) for s in stop):
+            raise TypeError(f"SamplingParams(stop={self.stop!r}): must be a string or a list of strings")
+        object.__setattr__(self, "stop", tuple(stop))
         checks = {
             "n": (self.n >= 1, "at least 1"),
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
@@ -155,3 +161,17 @@ class Trajectory:
         self.mask = self.mask or (True,) * len(self.completion.token_ids)
         if len(self.mask) != len(self.completion.token_ids):
             raise ValueError(f"mask has {len(self.mask)} entries for {len(self.completion.token_ids)} tokens")
+
+
+def check_batch(batch: Iterable[Any]) -> None:
+    """Look at what a data loader has handed out.
+
+    Raises:
+        TypeError: it is no list of `Prompt`.
+    """
+    for item in batch:
+        if not isinstance(item, Prompt):
+            raise TypeError(
+                f"the data loader hands out {type(item).__name__}, {str(item)[:40]!r}, in place of Prompt: pass "
+                "trainer.fit(module, datamodule=PromptDataModule(train=<rows>)), which tokenises them"
+            )
