@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning.models.export import on_meta
-from lightrft_lightning.models.merging import check_mergeable, comes_apart, has_adapters, plain_tensors, units
+from lightrft_lightning.models.merging import PREFIX, check_mergeable, comes_apart, has_adapters, plain_tensors, units
 from lightrft_lightning.models.quantized import QUANTIZATIONS
 
+_FROM_DATA = ("eva", "corda", "lora_ga")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 """What `add_lora` takes where nothing else is said; the output head is none of these modules."""
 
@@ -60,20 +63,43 @@ def add_lora(model: Any, settings: Mapping[str, Any], seed: int) -> Any:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         try:
-            return import_extra("peft", "hf").get_peft_model(model, config)
+            adapted = import_extra("peft", "hf").get_peft_model(model, config)
         except Exception as err:
             raise _refused(settings, err) from err
+    _check_found(adapted, settings)
+    return adapted
 
 
 def _lora_config(settings: Mapping[str, Any]) -> Any:
     cls = import_extra("peft", "hf").LoraConfig
     try:
-        config = cls(**{"task_type": "CAUSAL_LM", **LORA, **settings})
+        config = cls(**copy.deepcopy({"task_type": "CAUSAL_LM", **LORA, **settings}))  # PEFT adds to dictionaries
     except Exception as err:
         raise _refused(settings, err) from err
     if config.lora_alpha == 0:
         raise ValueError(f"lora={dict(settings)!r}: scaled by 0, nothing would be trained: set lora_alpha above 0")
+    if config.init_lora_weights in _FROM_DATA:
+        raise ValueError(
+            f"lora={dict(settings)!r}: init_lora_weights={config.init_lora_weights!r} starts from passes over data, "
+            "which are not made here, and PEFT would start as always: make them with PEFT, and pass that model object"
+        )
     return config
+
+
+def _check_found(adapted: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse names in the settings that PEFT has found nothing for, and says nothing about."""
+    names = [name.removeprefix(PREFIX) for name in layers(adapted)]
+    modules = [name.removeprefix(PREFIX) for name, _ in adapted.named_modules()]
+    tensors = [name.removeprefix(PREFIX).replace(".base_layer", "") for name, _ in adapted.named_parameters()]
+    for setting, there in (
+        ("rank_pattern", names + tensors),
+        ("alpha_pattern", names + tensors),
+        ("modules_to_save", modules),
+        ("target_parameters", tensors),
+    ):
+        for key in settings.get(setting) or ():
+            if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in there):
+                raise ValueError(f"lora={dict(settings)!r}: nothing in the model has the name {key!r} of {setting}")
 
 
 def _refused(settings: Mapping[str, Any], err: Exception) -> ValueError:
