@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Prompt, Trajectory
-from lightrft_lightning.models.scalar import completion_scores, load_scalar_model, scalar_head, with_scalar_head
+from lightrft_lightning.models.logprobs import pretrained_part
+from lightrft_lightning.models.scalar import AT_END, completion_scores, load_scalar_model, scalar_head, with_scalar_head
 from lightrft_lightning.supervised import MicroBatch, Sums, SupervisedModule, trajectories_of
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ class RewardModule(SupervisedModule):
     def _load_model(self, source: Any) -> nn.Module:
         model = load_scalar_model(source)
         return model if scalar_head(model).weight.any() else self._with_own_padding(model)
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        setattr(pretrained_part(self.model).config, AT_END, True)
 
     def _with_own_padding(self, model: Any) -> Any:
         """Let model and tokenizer pad with another token than the end, so that a new head reads the end of a text.

@@ -26,6 +26,7 @@ from lightrft_lightning.callbacks import ExportModel
 from lightrft_lightning.convert import convert
 from lightrft_lightning.models.scalar import completion_scores, load_scalar_model
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+from lightrft_lightning.rewards import RewardModel
 
 GUIDE = Path(__file__).parents[1] / "docs" / "supervised.md"
 SMALL = {"name": "tiny-llama", "layers": 2, "width": 32, "heads": 2}
@@ -258,6 +259,23 @@ def test_hugging_face_opens_the_result_and_gives_the_same_scores(tmp_path):
         alone = theirs(**tokenizer(text, return_tensors="pt")).logits[0, 0]
         torch.testing.assert_close(score, alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(load_scalar_model(tmp_path / "reward").score.weight, module.model.score.weight)
+
+
+@pytest.mark.parametrize("behind", [None, "<eos> "])
+def test_the_reward_reads_a_text_where_the_module_has_trained_it(tmp_path, behind):
+    tokenizer = char_tokenizer()
+    if behind:
+        closed = "{{ m['content'] }}{% if m['role'] == 'assistant' %}" + behind + "{% endif %}"
+        tokenizer.chat_template = "{% for m in messages %}" + closed + "{% endfor %}"
+    module = RewardModule(scalar_model(), tokenizer, lr=1e-3)
+    trainer = fit(tmp_path, module, callbacks=[ExportModel(str(tmp_path / "reward"))])
+    (micro,) = module._micro_batches(trainer.datamodule.val_prompts)
+    scores, index = completion_scores(module.model, micro.batch)
+    texts = [(ROWS[i // 2]["prompt"], ROWS[i // 2][("chosen", "rejected")[i % 2]]) for i in index.tolist()]
+    found = RewardModel(str(tmp_path / "reward"))(*zip(*texts, strict=True))
+    assert found == pytest.approx(scores.tolist(), abs=1e-5)
+    other = RewardModel(str(tmp_path / "reward"), template="{prompt}{completion}")(*zip(*texts, strict=True))
+    assert abs(torch.tensor(other) - scores.detach()).max() > 1e-3
 
 
 def test_bad_settings_and_data(tmp_path):

@@ -63,11 +63,35 @@ def of_its_own_length(model: Any, batch: PackedBatch) -> Iterator[None]:
     if limit is None or int(batch.position_ids.max()) < limit[0]:
         yield
         return
-    lengths_BL = _lengths(batch, *limit)
+    with _by_lengths(model, _lengths(batch, *limit), limit[0]):
+        yield
+
+
+@contextlib.contextmanager
+def by_length_of_row(model: Any, lengths: Tensor, width: int) -> Iterator[None]:
+    """As `of_its_own_length`, for a batch with one text a row, padded on the right.
+
+    Args:
+        model: a Hugging Face model.
+        lengths: ``[B]`` of the rows' texts.
+        width: of the rows.
+    """
+    limit = length_limit(model.config.get_text_config())
+    if limit is None or width <= limit[0]:
+        yield
+        return
+    known = width if limit[1] == "longrope" else lengths
+    lengths_BL = torch.where(lengths > limit[0], known, 0)[:, None].expand(-1, width)
+    with _by_lengths(model, lengths_BL, limit[0]):
+        yield
+
+
+@contextlib.contextmanager
+def _by_lengths(model: Any, lengths_BL: Tensor, limit: int) -> Iterator[None]:
     with contextlib.ExitStack() as replaced:
         for module in [m for m in model.modules() if hasattr(m, "rope_type")]:
             own = module.forward
-            module.forward = _selecting(own, lengths_BL, limit[0])
+            module.forward = _selecting(own, lengths_BL, limit)
             replaced.callback(module.__dict__.pop, "forward")
         yield
 

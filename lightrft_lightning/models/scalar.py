@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+AT_END = "scored_at_end_token"
+"""What the config of a model says that `RewardModule` has trained, as it reads the score of a text at its end token."""
+
+
 def load_scalar_model(
     source: Source, *, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
 ) -> PreTrainedModel:

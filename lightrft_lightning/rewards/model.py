@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from lightrft_lightning.data import template_columns
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
+from lightrft_lightning.models.layers import evaluating
 from lightrft_lightning.models.loading import Source, load_tokenizer
 from lightrft_lightning.models.logprobs import backbone_of, replaced_forward
-from lightrft_lightning.models.scalar import load_scalar_model, scalar_head
+from lightrft_lightning.models.outputs import plain_outputs
+from lightrft_lightning.models.rope import by_length_of_row
+from lightrft_lightning.models.scalar import AT_END, load_scalar_model, scalar_head
+from lightrft_lightning.models.tokens import end_ids
 from lightrft_lightning.rewards._calls import Outcome, checked_value, guarded
 from lightrft_lightning.rewards._spec import REWARDS
 
@@ -31,6 +35,7 @@ class RewardModel:
 
     Args:
         model: source of the model, see `load_scalar_model`, or the model itself.
+            Where `RewardModule` has trained it, a text without a `template` ends as it did there: at the end token.
         template: format string over ``prompt``, ``completion`` and the columns of the data, e.g.
             ``"{prompt}{completion}</s>"``. The tokenizer adds its special tokens.
         chat_template: render the conversation with the reward model's own chat template in place of `template`: the
@@ -75,6 +80,7 @@ class RewardModel:
             )
         self._chat = template is None and has_template if chat_template is None else chat_template
         self._template = "{prompt}{completion}" if template is None else template
+        self._own_end = template is None  # of a text: where the model was trained to read it
         columns = () if self._chat else template_columns(self._template)
         self.columns = tuple(c for c in columns if c not in ("prompt", "completion"))
         self._max_length, self._token_budget, self.name = max_length, token_budget, name
@@ -108,7 +114,8 @@ class RewardModel:
         """
         model = self.load()
         limit = self._max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        rows = [guarded(partial(self._tokens, t, limit)) for t in trajectories]
+        ends = end_ids(model, self.tokenizer) if self._own_end and getattr(model.config, AT_END, False) else frozenset()
+        rows = [guarded(partial(self._tokens, t, limit, ends)) for t in trajectories]
         usable = [i for i, row in enumerate(rows) if row.failure is None]
         # Not in the order of arrival, so that the same texts are always in the same batches.
         usable.sort(key=lambda i: (len(rows[i].value), rows[i].value))
@@ -136,13 +143,25 @@ class RewardModel:
                 raise ValueError(f"no score for text {i}: {outcome.reason}")
         return [outcome.value for outcome in outcomes]
 
-    def _tokens(self, trajectory: Trajectory, limit: int | None) -> list[int]:
+    def _tokens(self, trajectory: Trajectory, limit: int | None, ends: Collection[int]) -> list[int]:
         ids: list[int] = self.tokenizer(self.render(trajectory), add_special_tokens=not self._chat)["input_ids"]
         if not ids:
             raise ValueError("its text is empty")
+        if ends:
+            ids = self._as_trained(ids, ends)
         if limit is not None and len(ids) > limit:
             raise ValueError(f"its text has {len(ids)} tokens, max_length is {limit}")
         return ids
+
+    def _as_trained(self, ids: list[int], ends: Collection[int]) -> list[int]:
+        """The text up to where `RewardModule` reads its score: the end token, unless that pads."""
+        last = max((i for i, token in enumerate(ids) if token in ends), default=None)
+        if last is not None and not str(self.tokenizer.decode(ids[last + 1 :])).strip():
+            ids = ids[: last + 1]  # a chat template goes on, with a line break
+        elif not self._chat and self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        pad = self.load().config.get_text_config().pad_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == pad else ids
 
     def _batches(self, order: Sequence[int], rows: Sequence[list[int]]) -> list[list[int]]:
         """Positions of the rows of each forward pass; `order` is by length."""
@@ -161,14 +180,14 @@ class RewardModel:
         ids = [torch.tensor(row) for row in rows]
         pad: Callable[..., Tensor] = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         input_ids, mask = pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
-        backbone, head = backbone_of(model), scalar_head(model)
+        backbone, head, lengths = backbone_of(model), scalar_head(model), mask.sum(1)
 
         def forward(**inputs: Any) -> Tensor:
-            hidden = backbone(**inputs).last_hidden_state
-            last = mask.sum(1) - 1
-            return head(hidden[torch.arange(len(last), device=hidden.device), last])[:, 0].float()
+            with by_length_of_row(model, lengths, mask.shape[1]):
+                hidden = backbone(**inputs).last_hidden_state
+            return head(hidden[torch.arange(len(lengths), device=hidden.device), lengths - 1])[:, 0].float()
 
-        with replaced_forward(model, forward):
+        with evaluating(model), plain_outputs(model), replaced_forward(model, forward):
             return model(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 

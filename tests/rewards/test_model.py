@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
 from lightrft_lightning.experience.trajectory import Completion, Prompt, Trajectory
@@ -70,6 +71,26 @@ def test_a_text_that_ends_in_the_padding_token(tmp_path):
     assert model.tokenizer("1<eos>")["input_ids"][-1] == model.tokenizer.pad_token_id
     found = [outcome.value for outcome in model.score([sample(text) for text in texts])]
     assert found == pytest.approx([alone(folder, text) for text in texts], abs=1e-5)
+
+
+def test_a_score_depends_on_no_other_text_no_mode_and_no_output_that_the_config_asks_for():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 12}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = LlamaConfig(
+        vocab_size=20, num_labels=1, pad_token_id=0, attention_dropout=0.5, **sizes, rope_parameters=rope
+    )
+    torch.manual_seed(0)
+    scored = LlamaForSequenceClassification(config)
+    for parameter in scored.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = RewardModel(scored, tokenizer=char_tokenizer(ALPHABET))
+    texts = ["1", "12345", "1234567890", "1234567890123456", "0987654321098765432109876"]
+    alone = [model.score([sample(text)])[0].value for text in texts]
+    model.load = lambda: scored.train()
+    scored.config.return_dict, scored.config.output_hidden_states = False, True
+    together = [outcome.value for outcome in model.score([sample(text) for text in texts])]
+    assert together == pytest.approx(alone, abs=1e-5) and scored.training and scored.config.output_hidden_states
 
 
 def test_templates(tmp_path, folder):
