@@ -47,6 +47,7 @@ from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.models.rope import length_limits
 from lightrft_lightning.models.tokens import check_data_ids
 from lightrft_lightning.rewards import Rewards
+from lightrft_lightning.rewards.surroundings import kept_while_scoring
 from lightrft_lightning.rewards.watch import RewardWatch
 
 if TYPE_CHECKING:
@@ -356,7 +357,7 @@ class RLHFModule(Update):
     def _sample(self, prompts: Sequence[Prompt], first_group: int = 0) -> Sampled:
         """Completions with their rewards, which are computed while others are still being generated."""
         start = time.perf_counter()
-        with self.rewards.in_background(self.strategy) as scoring:
+        with kept_while_scoring(), self.rewards.in_background(self.strategy) as scoring:
             sampling = self._iteration_sampling(self.iteration)
             trajectories = self.rollout(prompts, sampling, scoring.add, first_group)
             generated = time.perf_counter()
@@ -510,7 +511,8 @@ class RLHFModule(Update):
 
     def _evaluate(self, batch: list[Prompt], batch_idx: int, dataloader_idx: int) -> None:
         trajectories = self.rollout(batch, self._evaluation_sampling(batch_idx, dataloader_idx))
-        self._reward_watch.evaluated(self.rewards.score_silently(trajectories, self.strategy))
+        with kept_while_scoring():
+            self._reward_watch.evaluated(self.rewards.score_silently(trajectories, self.strategy))
         groups: dict[int, list[SampleResult]] = {}
         for sample in self._gather_samples(trajectories):
             groups.setdefault(sample.group, []).append(sample)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
+import torch
 from training import Record, even_digits, make_data, make_module, make_trainer
 
 from lightrft_lightning.rewards import NoRewardError
@@ -86,3 +88,18 @@ def test_a_column_that_no_row_has_is_found_before_the_rollout(tmp_path, monkeypa
     monkeypatch.setattr(module, "rollout", None)
     with pytest.raises(ValueError, match=r"needs 'anwser', which is no option: .*Did you mean 'answer'"):
         make_trainer(tmp_path, limit_val_batches=0).fit(module, make_data())
+
+
+def test_what_a_reward_changes_for_the_whole_process_is_put_back_and_told(tmp_path, caplog):
+    def touches(completion):
+        os.chdir(tmp_path)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        return even_digits(completion)
+
+    before, folder = torch.get_float32_matmul_precision(), os.getcwd()
+    fit(tmp_path, touches, trainer={"limit_val_batches": 1})
+    assert (os.getcwd(), torch.get_default_dtype()) == (folder, torch.float32)
+    assert torch.get_float32_matmul_precision() == before
+    assert "changed torch's default dtype from torch.float32 to torch.float64" in caplog.text
+    assert "changed the working directory" in caplog.text and "run it in a process" in caplog.text
