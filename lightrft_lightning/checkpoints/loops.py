@@ -8,9 +8,10 @@ are loaded, and what the hook had interrupted is done first.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,12 +164,37 @@ class EpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if not self.left:
             self.steps_before = self.global_step
-            super().advance(data_fetcher)
+            with self._saving_last():
+                super().advance(data_fetcher)
             if not self.trainer.lightning_module.automatic_optimization:
                 self._save_where_due()
             return
         left, self.left = self.left, ""  # `on_advance_end` comes next and does it
         self._skip_next_val = left == AFTER_VALIDATION
+
+    @contextlib.contextmanager
+    def _saving_last(self) -> Iterator[None]:
+        """`ModelCheckpoint` saves once all hooks of the batch are over.
+
+        By itself it comes before the module's own ``on_train_batch_end``, whose doing would be in no checkpoint of this
+        batch, and is not done again by a run that resumes from it.
+        """
+        waiting: list[Callable[[], None]] = []
+        callbacks = _model_checkpoints(self.trainer)
+        for callback in callbacks:
+            own = callback.on_train_batch_end
+            vars(callback)["on_train_batch_end"] = lambda *args, own=own: waiting.append(lambda: own(*args))
+        try:
+            yield
+        finally:
+            for callback in callbacks:
+                del vars(callback)["on_train_batch_end"]
+        self.saving_late = True
+        try:
+            for save in waiting:
+                save()
+        finally:
+            self.saving_late = False
 
     def note_progress(self) -> None:
         """Let callbacks save a batch without an optimizer step too, as `ModelCheckpoint` takes it for nothing new."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from datetime import timedelta
 
 import lightning.pytorch as pl
@@ -144,3 +145,43 @@ def test_a_checkpoint_without_the_gradients_that_wait_says_so(tmp_path):
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"in the middle of an accumulation \(accumulate_grad_batches=2\)"):
         trainer.fit(Toy("resumable"))
+
+
+def test_what_a_module_does_at_the_end_of_a_batch_is_in_the_checkpoint_of_this_batch(tmp_path):
+    """Lightning saves before the module's own hook."""
+
+    class Averaging(Toy):
+        def __init__(self):
+            super().__init__("resumable")
+            self.register_buffer("mean", torch.zeros(3, 1))
+
+        def on_train_batch_end(self, *args):
+            self.mean.lerp_(self.net[0].weight.detach(), 0.1)
+
+    class Ends(ModelCheckpoint):
+        def _save_last_checkpoint(self, trainer, metrics):
+            super()._save_last_checkpoint(trainer, metrics)
+            if trainer.global_step == end:
+                raise RuntimeError("killed")
+
+    def fit(ckpt_path=None):
+        module, save = Averaging(), Ends(tmp_path, save_last=True, every_n_train_steps=1)
+        trainer = pl.Trainer(
+            strategy="lightrft_fake", accelerator="cpu", max_epochs=2, logger=False, callbacks=[save],
+            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        with pytest.raises(RuntimeError, match="killed") if end else contextlib.nullcontext():
+            trainer.fit(module, ckpt_path=ckpt_path)
+        return module.mean
+
+    torch.manual_seed(5)
+    end = None
+    expected = fit()
+    shutil.rmtree(tmp_path / "last.ckpt")
+    torch.manual_seed(5)
+    end = 3
+    fit()
+    end = 4
+    fit("last")
+    end = None
+    assert torch.equal(fit("last"), expected)
