@@ -321,5 +321,6 @@ def _candidates(path: Path, tag: str | None) -> list[Path]:
     latest = path / "latest"
     if latest.is_file():
         return [path, folder.named_by(latest)]
-    inside = [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+    # Hidden is what somebody is just writing.
+    inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")] if path.is_dir() else []
     return [path, *(inside if len(inside) == 1 else ())]

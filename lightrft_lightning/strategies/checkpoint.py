@@ -136,8 +136,9 @@ class Checkpoints:
             load_dir: folder of checkpoints.
             tag: which one; default: what ``latest`` names.
             load_module_strict: every tensor of the model must be there and no other.
-            load_optimizer_states: restore the optimizer.
-            load_lr_scheduler_states: restore the scheduler.
+            load_optimizer_states: restore the optimizer, with the learning rates and other settings that it was saved
+                with: set others afterwards. (A `Trainer` lets those win that are given now.)
+            load_lr_scheduler_states: restore the scheduler, whose rates are those that it was saved with too.
             load_module_only: the weights and nothing else: no optimizer, scheduler, step count or random state.
             optimizer: default: the one known from `create_optimizer` or `prepare`.
             scheduler: likewise.

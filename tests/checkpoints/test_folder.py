@@ -114,3 +114,12 @@ def test_a_kill_at_any_step_of_a_replacement_leaves_a_checkpoint_of_that_name(tm
         again = folder.put_back(tmp_path)
         assert again == ([tmp_path / "t"] if (not can_exchange and stop == 2) else [])
         FakeStrategy().load_ckpt(nn.Linear(2, 2), tmp_path, "t")
+
+
+def test_what_is_just_being_written_is_not_taken_for_the_checkpoint_of_another_program(tmp_path):
+    unfinished = tmp_path / owners.temporary_name("step_1")
+    unfinished.mkdir()
+    (unfinished / ".metadata").touch()
+    for module_only in (False, True):
+        with pytest.raises(FileNotFoundError, match=r"no file 'latest' in .*checkpoints there: \(none\)"):
+            FakeStrategy().load_ckpt(nn.Linear(2, 2), tmp_path, load_module_only=module_only)
