@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -31,6 +32,8 @@ def start(
 
 
 def _run(script: str, arguments: list[str], env: dict[str, str], files: list[str], folder: str) -> None:
+    # Nothing of the packages is garbage, and each of the many full collections of DeepSpeed would walk through them.
+    gc.freeze()
     os.setsid()
     for target, name in enumerate(files, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), target)

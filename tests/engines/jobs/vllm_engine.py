@@ -40,7 +40,7 @@ from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 FOLDER = Path(sys.argv[1])
 TOKENIZER = char_tokenizer()
 PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in range(3, 7) for b in range(5, 13)]
-ARGS = {"enforce_eager": True, "max_model_len": 64}
+ARGS = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}  # 1 GiB takes a second to clear
 
 
 def random_model(tie=False, layers=2):

@@ -10,6 +10,7 @@ from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 TOKENIZER = char_tokenizer()
+ARGS = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
 PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in range(3, 11) for b in range(5, 13)]
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=6)
 TRAINER = FSDPV2Strategy()
@@ -20,7 +21,7 @@ GREEDY_IDS: dict[int, list] = {}
 
 
 def engine_on(ranks):
-    engine = VLLMRollout({"enforce_eager": True, "max_model_len": 64}, tensor_parallel_size=ranks, verify="all")
+    engine = VLLMRollout(ARGS, tensor_parallel_size=ranks, verify="all")
     return TRAINER.setup_inference_engine(engine_type=engine, actor=ACTOR, tokenizer=TOKENIZER)
 
 

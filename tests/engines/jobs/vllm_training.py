@@ -21,6 +21,7 @@ from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
 STRATEGY = sys.argv[2]
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+ARGS = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
 PROMPTS = [{"prompt": f"{a}+{b}="} for a in range(3, 11) for b in range(5, 13)]
 
 
@@ -63,7 +64,7 @@ class Greedy(pl.Callback):
 
 def train(iterations, callbacks=(), adapter=False, settings=None, **engine):
     curve = Curve()
-    rollout = VLLMRollout({"enforce_eager": True, "max_model_len": 64}, **engine)
+    rollout = VLLMRollout(ARGS, **engine)
     trainer = pl.Trainer(
         strategy=STRATEGY, accelerator="cpu", devices=RANKS, max_epochs=iterations // 3, limit_train_batches=3,
         callbacks=[rollout, curve, *callbacks], logger=False, enable_checkpointing=False, enable_progress_bar=False,
