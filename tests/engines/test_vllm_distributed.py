@@ -32,6 +32,7 @@ def results(run_ranks, tmp_path_factory):
 
     def of(job):
         if job not in cache:
+            cache[job] = None
             script, *arguments = job
             folder = tmp_path_factory.mktemp(script)
             env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
@@ -39,7 +40,7 @@ def results(run_ranks, tmp_path_factory):
             options = {"world_size": JOBS[job], "timeout": 280, "env": env, "preloaded": False}
             run_ranks(FOLDER / f"{script}.py", folder, *arguments, **options)
             cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(JOBS[job])]
-        return cache[job]
+        return cache[job] or pytest.fail("the job failed, as its first check has it")
 
     return of
 

@@ -33,11 +33,12 @@ def results(run_ranks, tmp_path_factory):
 
     def of(job):
         if job not in cache:
+            cache[job] = None
             folder = tmp_path_factory.mktemp(job.replace(" ", "_"))
             script, *arguments = job.split()
             run_ranks(FOLDER / f"{script}.py", folder, *arguments, world_size=JOBS[job], timeout=280)
             cache[job] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(JOBS[job])]
-        return cache[job]
+        return cache[job] or pytest.fail("the job failed, as its first check has it")
 
     return of
 
