@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -56,32 +56,46 @@ def join(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     raise JoinError(
         f"rank {rank} has not met rank 0 at {place} within {timeout.total_seconds():.0f} s: it has not started, or has "
-        f"ended; its output says why, unless the address is wrong. {_first_line(problem)}"
+        f"ended; its output says why, unless the address is wrong{_address_problem()}. {_first_line(problem)}"
     ) from problem
+
+
+def _address_problem() -> str:
+    """What can be said against the address of rank 0."""
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except OSError as err:
+        return f" (MASTER_ADDR={os.environ['MASTER_ADDR']!r} does not resolve here: {err.strerror})"
+    return ""
 
 
 def _host(world_size: int, deadline: float) -> dist.Store:
     try:
         store = _store(True, world_size, deadline - time.monotonic())
     except RuntimeError as err:
+        address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        fix = "take another port" if "EADDRINUSE" in str(err) else "the address must be one of rank 0's machine"
         raise JoinError(
-            f"rank 0 cannot open MASTER_PORT={os.environ['MASTER_PORT']} for the others: {_first_line(err)}"
+            f"rank 0 cannot open MASTER_PORT={port} at MASTER_ADDR={address} for the others, "
+            f"{fix}{_address_problem()}: "
+            f"{_first_line(err)}"
         ) from err
     token, meeting = secrets.token_hex(8), time.monotonic()
     missing = dict.fromkeys(range(1, world_size), "")
     while missing:
         for rank in list(missing):
             if store.check([f"call/{rank}"]):
-                number = store.get(f"call/{rank}").decode()
+                number, theirs = store.get(f"call/{rank}").decode().split()
+                if int(theirs) != world_size:
+                    problem = f"rank {rank} was started with WORLD_SIZE={theirs}, rank 0 with {world_size}"
+                    _break_up(store, token, world_size, problem)
                 store.set(f"answer/{rank}/{number}", token)
                 if store.check([f"here/{rank}/{number}/{token}"]):
                     del missing[rank]
         if missing and time.monotonic() > deadline:
             waited = time.monotonic() - meeting
             problem = f"rank(s) {', '.join(map(str, missing))} of {world_size} have not joined within {waited:.0f} s"
-            store.set(f"go/{token}", problem)
-            time.sleep(1)  # for the others to read it
-            raise JoinError(f"{problem}: see what each of them has printed")
+            _break_up(store, token, world_size, f"{problem}: see what each of them has printed")
         time.sleep(POLL if missing else 0)
     for rank in range(1, world_size):
         with contextlib.suppress(RuntimeError):  # not every kind of store can
@@ -90,14 +104,23 @@ def _host(world_size: int, deadline: float) -> dist.Store:
     return _of_this_meeting(store, token)
 
 
+def _break_up(store: Any, token: str, world_size: int, problem: str) -> NoReturn:
+    for rank in range(1, world_size):
+        if store.check([f"call/{rank}"]):  # who has called waits for an answer before it waits for the others
+            store.set(f"answer/{rank}/{store.get(f'call/{rank}').decode().split()[0]}", token)
+    store.set(f"go/{token}", problem)
+    time.sleep(1)  # for the others to read it
+    raise JoinError(problem)
+
+
 def _call(rank: int, world_size: int, left: float, deadline: float) -> dist.Store:
     store = _store(False, world_size, left)
     number = secrets.token_hex(8)
-    store.set(f"call/{rank}", number)
+    store.set(f"call/{rank}", f"{number} {world_size}")
     token = _wait(store, f"answer/{rank}/{number}", deadline)
     store.set(f"here/{rank}/{number}/{token}", f"{socket.gethostname()}, pid {os.getpid()}")
     if problem := _wait(store, f"go/{token}", deadline + 5):
-        raise JoinError(f"rank {rank} has joined, but {problem}")
+        raise JoinError(f"rank {rank} has found rank 0, but {problem}")
     return _of_this_meeting(store, token)
 
 

@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 JOB = Path(__file__).parent / "jobs" / "joining.py"
+OTHERWISE = r"rank 1 was started with WORLD_SIZE=3, rank 0 with 2\n"
 SAID = (
-    r"met\nrank\(s\) 1 of 2 have not joined within \d s: see what each of them has printed\n",
-    r"met\nrank 1 has not met rank 0 at 127\.0\.0\.1:\d+ within 1 s: it has not started, or has ended;.*\n",
+    rf"met\nrank\(s\) 1 of 2 have not joined within \d s: see what each of them has printed\n{OTHERWISE}",
+    r"met\nrank 1 has not met rank 0 at 127\.0\.0\.1:\d+ within 1 s: it has not started, or has ended;.*\n"
+    rf"rank 1 has found rank 0, but {OTHERWISE}",
 )
 
 

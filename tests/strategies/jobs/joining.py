@@ -1,5 +1,5 @@
-"""Two ranks that meet again and again on one port, in step or not; then one that others wait for in vain, and one that
-dies when they have met.
+"""Two ranks that meet again and again on one port, in step or not; then one that others wait for in vain, one that
+counts them otherwise, and one that dies when they have met.
 
 Arguments: how often they meet.
 """
@@ -43,6 +43,12 @@ except ConnectionError as error:
     print(error)
 failures.START_TIMEOUT = timedelta(seconds=100)
 os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # not where one was awaited in vain
+os.environ["WORLD_SIZE"] = str(2 + rank)
+try:
+    start_process_group(accelerator="cpu")
+except ConnectionError as error:
+    print(error, flush=True)
+os.environ["WORLD_SIZE"] = "2"
 if rank == 1:
     dist.init_process_group = lambda *args, **kwargs: os._exit(7)
 start_process_group(accelerator="cpu")
