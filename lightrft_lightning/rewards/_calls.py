@@ -80,6 +80,8 @@ def run_in_threads(calls: Sequence[Callable[[], Any]], workers: int, deadline: f
                 del running[index]
                 outcomes[index] = timed_out(deadline)
                 _start_daemon(work)
+            if len(outcomes) == len(calls):
+                break
             until_next = min(running.copy().values(), default=now) + deadline - now
             try:
                 index, outcome = finished.get(timeout=max(until_next, 0.001))

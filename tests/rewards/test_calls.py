@@ -38,6 +38,12 @@ def test_a_call_that_returns_late_counts_as_late_however_soon_it_is_seen():
         assert run_in_threads([late], workers=1, deadline=0.25)[0].failure == "timed_out"
 
 
+def test_calls_that_all_hang_cost_one_deadline():
+    begin = time.monotonic()
+    outcomes = run_in_threads([lambda: time.sleep(5)] * 3, workers=3, deadline=1)
+    assert [o.failure for o in outcomes] == ["timed_out"] * 3 and time.monotonic() - begin < 1.9
+
+
 def test_one_thread_cannot_end_the_others():
     import _thread
 
