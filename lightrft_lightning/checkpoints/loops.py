@@ -8,10 +8,9 @@ are loaded, and what the hook had interrupted is done first.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightrft_lightning.checkpoints import claim, data_size, epoch_sums, stopping
+from lightrft_lightning.checkpoints.save_order import model_checkpoints, saving_last
 from lightrft_lightning.checkpoints.state import rng_state, set_rng_state
 
 BATCH_END, AFTER_VALIDATION = "batch end", "after validation"
@@ -132,6 +132,8 @@ class EpochLoop(_TrainingEpochLoop):
     """Optimizer steps of the run before this batch."""
     saving_late = False
     """A checkpoint is being written between the hooks of a batch and what comes after it."""
+    waiting: list[Callable[[], None]] = []
+    """See `save`."""
     idle: dict[int, int] = {}
     """By `id` of a ModelCheckpoint: batches without an optimizer step since it saved."""
     seeds: dict[str, Any] | None = None
@@ -164,43 +166,34 @@ class EpochLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: _DataFetcher) -> None:
         if not self.left:
             self.steps_before = self.global_step
-            with self._saving_last():
+            with saving_last(self.trainer, "on_train_batch_end") as self.waiting:
                 super().advance(data_fetcher)
+            self.saving_late = True
+            try:
+                self.save()
+            finally:
+                self.saving_late = False
             if not self.trainer.lightning_module.automatic_optimization:
                 self._save_where_due()
             return
         left, self.left = self.left, ""  # `on_advance_end` comes next and does it
         self._skip_next_val = left == AFTER_VALIDATION
 
-    @contextlib.contextmanager
-    def _saving_last(self) -> Iterator[None]:
-        """`ModelCheckpoint` saves once all hooks of the batch are over.
+    @override
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        with saving_last(self.trainer, "on_validation_end") as self.waiting:
+            super().on_advance_end(data_fetcher)
 
-        By itself it comes before the module's own ``on_train_batch_end``, whose doing would be in no checkpoint of this
-        batch, and is not done again by a run that resumes from it.
-        """
-        waiting: list[Callable[[], None]] = []
-        callbacks = _model_checkpoints(self.trainer)
-        for callback in callbacks:
-            own = callback.on_train_batch_end
-            vars(callback)["on_train_batch_end"] = lambda *args, own=own: waiting.append(lambda: own(*args))
-        try:
-            yield
-        finally:
-            for callback in callbacks:
-                del vars(callback)["on_train_batch_end"]
-        self.saving_late = True
-        try:
-            for save in waiting:
-                save()
-        finally:
-            self.saving_late = False
+    def save(self) -> None:
+        """What waits for the module's hook to be over."""
+        while self.waiting:
+            self.waiting.pop(0)()
 
     def note_progress(self) -> None:
         """Let callbacks save a batch without an optimizer step too, as `ModelCheckpoint` takes it for nothing new."""
         if self.global_step != self.steps_before:
             return
-        for callback in _model_checkpoints(self.trainer):
+        for callback in model_checkpoints(self.trainer):
             self.idle[id(callback)] = batches = self.idle.get(id(callback), 0) + 1
             if batches >= callback._every_n_train_steps:
                 callback._last_global_step_saved = -1
@@ -211,7 +204,7 @@ class EpochLoop(_TrainingEpochLoop):
         They do it only where Lightning optimizes.
         """
         trainer = self.trainer
-        for callback in _model_checkpoints(trainer):
+        for callback in model_checkpoints(trainer):
             steps, seconds = callback._every_n_train_steps, callback._train_time_interval
             due = idle = steps >= 1 and self.idle.get(id(callback), 0) >= steps
             if seconds is not None:
@@ -306,7 +299,7 @@ class FitLoop(_FitLoop):
             "reloaded": self._last_train_dl_reload_epoch,
             "data": data_size.sizes(trainer),
             "metrics": {name: _numbers(getattr(trainer, name)) for name in _METRICS},
-            "checkpoints": [{name: getattr(c, name) for name in _REMEMBERED} for c in _model_checkpoints(trainer)],
+            "checkpoints": [{name: getattr(c, name) for name in _REMEMBERED} for c in model_checkpoints(trainer)],
         }
         return state
 
@@ -393,7 +386,7 @@ class FitLoop(_FitLoop):
 
     def _remember_checkpoints(self) -> None:
         trainer = self.trainer
-        callbacks, saved = _model_checkpoints(trainer), self._extra.get("checkpoints", [])
+        callbacks, saved = model_checkpoints(trainer), self._extra.get("checkpoints", [])
         path = Path(str(trainer.ckpt_path)).resolve()
         for callback, values in zip(callbacks, saved, strict=False):
             if callback.dirpath != values["dirpath"] or len(callbacks) != len(saved):
@@ -445,10 +438,6 @@ def _progress(loop: FitLoop) -> dict[str, Any]:
 
 def _before_batch(loader: Any) -> dict[str, Any]:
     return loader.state_before_batch() if hasattr(loader, "state_before_batch") else loader.state_dict()
-
-
-def _model_checkpoints(trainer: pl.Trainer) -> list[ModelCheckpoint]:
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, tuple[float, str]]:

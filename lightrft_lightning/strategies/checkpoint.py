@@ -256,6 +256,13 @@ class Checkpoints:
             if isinstance(loop, loops.EpochLoop):
                 loop.note_progress()
 
+    def on_validation_end(self) -> None:
+        """Lightning's hook behind those of callbacks and module."""
+        super().on_validation_end()  # type: ignore[misc]
+        module = self.lightning_module
+        if module is not None and isinstance(loop := module.trainer.fit_loop.epoch_loop, loops.EpochLoop):
+            loop.save()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What goes into ``checkpoint["state_dict"]``: tensors, or `FlatTensor` where no rank has them whole."""
         assert self.lightning_module is not None

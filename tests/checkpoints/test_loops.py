@@ -147,7 +147,8 @@ def test_a_checkpoint_without_the_gradients_that_wait_says_so(tmp_path):
         trainer.fit(Toy("resumable"))
 
 
-def test_what_a_module_does_at_the_end_of_a_batch_is_in_the_checkpoint_of_this_batch(tmp_path):
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+def test_what_a_module_does_in_the_hook_of_a_save_is_in_the_checkpoint(tmp_path, hook):
     """Lightning saves before the module's own hook."""
 
     class Averaging(Toy):
@@ -155,8 +156,10 @@ def test_what_a_module_does_at_the_end_of_a_batch_is_in_the_checkpoint_of_this_b
             super().__init__("resumable")
             self.register_buffer("mean", torch.zeros(3, 1))
 
-        def on_train_batch_end(self, *args):
-            self.mean.lerp_(self.net[0].weight.detach(), 0.1)
+    def average(self, *args):
+        self.mean.lerp_(self.net[0].weight.detach(), 0.1)
+
+    setattr(Averaging, hook, average)
 
     class Ends(ModelCheckpoint):
         def _save_last_checkpoint(self, trainer, metrics):
@@ -165,10 +168,12 @@ def test_what_a_module_does_at_the_end_of_a_batch_is_in_the_checkpoint_of_this_b
                 raise RuntimeError("killed")
 
     def fit(ckpt_path=None):
-        module, save = Averaging(), Ends(tmp_path, save_last=True, every_n_train_steps=1)
+        how = {"every_n_train_steps": 1} if hook == "on_train_batch_end" else {"save_on_train_epoch_end": False}
+        module, save = Averaging(), Ends(tmp_path, save_last=True, **how)
         trainer = pl.Trainer(
             strategy="lightrft_fake", accelerator="cpu", max_epochs=2, logger=False, callbacks=[save],
-            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            val_check_interval=2, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path,
         )  # fmt: skip
         with pytest.raises(RuntimeError, match="killed") if end else contextlib.nullcontext():
             trainer.fit(module, ckpt_path=ckpt_path)
@@ -179,7 +184,7 @@ def test_what_a_module_does_at_the_end_of_a_batch_is_in_the_checkpoint_of_this_b
     expected = fit()
     shutil.rmtree(tmp_path / "last.ckpt")
     torch.manual_seed(5)
-    end = 3
+    end = 2
     fit()
     end = 4
     fit("last")
