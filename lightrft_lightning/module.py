@@ -23,6 +23,7 @@ from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_optimizers, check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
+from lightrft_lightning.callbacks.monitors import tell_monitors
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
@@ -665,6 +666,7 @@ class RLHFModule(Update):
         for name in ("train", "val"):
             check_data_ids(name, getattr(data, f"{name}_prompts", None) or (), self.actor, self.tokenizer)
         tell_ignored_outputs(self.actor)  # type: ignore[arg-type]
+        tell_monitors(self, bool(getattr(data, "val_prompts", None)) or data is None)
         self.rewards.check_data(prompts or ())
         self._rollout_is_proven = not self.check_numerics
         self._prove_layout(longest)

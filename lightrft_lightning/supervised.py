@@ -18,6 +18,7 @@ from lightrft_lightning._errors import check_types, unknown_name
 from lightrft_lightning._seeds import global_seed
 from lightrft_lightning._trainer import LR_SCHEDULES, check_optimizers, check_strategy, with_lr_schedule
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
+from lightrft_lightning.callbacks.monitors import tell_monitors
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
@@ -310,6 +311,7 @@ class SupervisedModule(pl.LightningModule):
             self._checked(prompts)
             check_data_ids(name.removesuffix("_prompts"), prompts, self.model, self.tokenizer)
         tell_ignored_outputs(self.model)
+        tell_monitors(self, bool(getattr(data, "val_prompts", None)) or data is None)
         self._prove_layout()
 
     def _prove_layout(self) -> None:
