@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from typing_extensions import override
 
+from lightrft_lightning._errors import check_types
 from lightrft_lightning.experience.packing import PackedBatch, pack
 from lightrft_lightning.experience.trajectory import Prompt, Trajectory
 from lightrft_lightning.models.logprobs import pretrained_part
@@ -57,6 +58,7 @@ class RewardModule(SupervisedModule):
         margin_column: str | None = None,
         **settings: Any,
     ) -> None:
+        check_types("RewardModule", RewardModule.__init__, {"center_coef": center_coef, "margin_column": margin_column})
         super().__init__(model, tokenizer, **settings)
         self.center_coef, self.margin_column = center_coef, margin_column
         self._check("center_coef", center_coef >= 0, "0 or more")

@@ -116,5 +116,5 @@ def answer_loss(model: nn.Module, batch: PackedBatch) -> AnswerLoss:
     scored = completion_logprobs(model, batch, greedy=True)
     assert scored.greedy is not None
     texts, text = batch.trajectory.unique_consecutive(return_inverse=True)
-    wrong = torch.zeros(len(texts), device=text.device).index_add_(0, text, (~scored.greedy).float())
+    wrong = torch.zeros(len(texts), dtype=torch.long, device=text.device).index_add_(0, text, (~scored.greedy).long())
     return AnswerLoss(-scored.logprobs.sum(), len(text), int(scored.greedy.sum()), len(texts), int((wrong == 0).sum()))

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from training import PROMPTS, even_digits, make_data, make_module, make_trainer
 
-from lightrft_lightning import PromptDataModule, RLHFModule, SamplingParams, SFTModule
+from lightrft_lightning import PromptDataModule, RewardModule, RLHFModule, SamplingParams, SFTModule
 from lightrft_lightning._errors import check_types
 from lightrft_lightning.critic import Critic
 
@@ -30,6 +30,11 @@ RLHF, SFT = partial(RLHFModule, "tiny-llama", even_digits), partial(SFTModule, "
         (Critic, {"weight_decay": -1}, r"Critic\(weight_decay=-1\): must be 0 or more"),
         (SFT, {"share_prompts": "yes"}, r"SFTModule\(share_prompts='yes'\): must be True or False"),
         (SFT, {"weight_decay": float("nan")}, r"\(weight_decay=nan\): must be 0 or more"),
+        (
+            partial(RewardModule, "tiny-llama"),
+            {"center_coef": "x"},
+            r"RewardModule\(center_coef='x'\): must be a number",
+        ),
         (SamplingParams, {"n": "4"}, r"SamplingParams\(n='4'\): must be a whole number"),
         (SamplingParams, {"n": True}, r"SamplingParams\(n=True\): must be a whole number"),
         (SamplingParams, {"stop": 5}, r"SamplingParams\(stop=5\): must be a string or a list of strings"),

@@ -377,3 +377,8 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     (micro,) = names["module"]._micro_batches(names["trainer"].datamodule.train_prompts)
     ours, index = completion_scores(names["module"].model, micro.batch)
     assert scores == pytest.approx(ours[index.argsort()][[0, 3]].tolist(), abs=1e-5)
+
+
+def test_weights_of_64_bits(tmp_path):
+    trainer = fit(tmp_path, sft_module(), precision="64-true", limit_train_batches=1)
+    assert trainer.callback_metrics["val/loss"] > 0

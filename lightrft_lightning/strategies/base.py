@@ -296,8 +296,10 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             raise TypeError(
                 f"prepare() takes models, (model, optimizer) or (model, optimizer, scheduler), got {item!r}"
             )
-        known = self._models.setdefault(model, _Trained())
         optimizer, scheduler = (*rest, None, None)[:2]
+        if optimizer is not None and model not in self._models:
+            _check_holds(optimizer, model)
+        known = self._models.setdefault(model, _Trained())
         known.optimizer = known.optimizer if optimizer is None else optimizer
         known.scheduler = known.scheduler if scheduler is None else scheduler
         if known.optimizer is not None:
@@ -672,6 +674,16 @@ def check_one_scale(further: Sequence[Any]) -> None:
     """Raise ValueError if a float16 loss goes through several models, each of which has a loss scale of its own."""
     if further:
         raise ValueError("a loss through several models cannot be scaled for float16: use bfloat16 or float32")
+
+
+def _check_holds(optimizer: Any, model: nn.Module) -> None:
+    """Raise ValueError if the optimizer steps nothing of the model: another copy's parameters would get no gradient."""
+    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    if held and not any(id(p) in held for p in model.parameters()):
+        raise ValueError(
+            f"the optimizer holds no parameter of this {type(model).__name__}: create it for the prepared model, "
+            "after adapters are put in or weights are replaced"
+        )
 
 
 def _thaw(model: nn.Module, known: _Trained) -> None:

@@ -142,6 +142,12 @@ def test_prepare_keeps_order_and_shape():
         strategy.prepare("actor")
 
 
+def test_prepare_refuses_an_optimizer_of_another_model():
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="the optimizer holds no parameter of this Linear: create it for the prepared"):
+        FakeStrategy().prepare((nn.Linear(2, 2), other))
+
+
 def test_prepare_freezes_what_has_no_optimizer():
     strategy = FakeStrategy()
     actor, critic, reference = (network(i).eval() for i in range(3))
