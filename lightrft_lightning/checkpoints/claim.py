@@ -49,13 +49,15 @@ def claimed(trainer: pl.Trainer, ranks: Ranks) -> Iterator[None]:
 def _tell_fresh_start(paths: list[Path]) -> None:
     """A job that is started again and again asks for the last checkpoint the first time, too."""
     places = ", ".join(map(str, paths)) or "sight, as the Trainer has no ModelCheckpoint"
-    told = f'ckpt_path="last": there is no checkpoint in {places}. The run starts from the beginning'
+    others = sorted(found.name for path in paths for found in path.glob("*.ckpt"))
+    besides = f" (but {', '.join(others)}: pass the path of one to go on from it)" if others else ""
+    told = f'ckpt_path="last": there is no last.ckpt in {places}{besides}. The run starts from the beginning'
     # A logger makes a folder for each run, where no run finds what the one before has saved.
     older = [found for path in paths for found in path.parent.parent.glob(f"version_*/{path.name}/*.ckpt")]
     if older:
         newest = max(older, key=lambda found: found.stat().st_mtime)
         told += f", as this folder is new. An earlier run has left {newest}: give ModelCheckpoint a dirpath of its own"
-    (log.warning if older else rank_zero_info)(told)
+    (log.warning if older or others else rank_zero_info)(told)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,7 @@ def test_a_checkpoint_that_was_moved_aside_is_not_passed_over(tmp_path, monkeypa
 def test_a_run_that_asks_for_the_last_checkpoint_and_finds_none_says_that_it_begins(tmp_path, caplog):
     caplog.set_level("INFO")
     fit(tmp_path / "new" / "version_0" / "checkpoints", "last")
-    told = (
-        r'ckpt_path="last": there is no checkpoint in .*new.version_0.checkpoints\. The run starts from the beginning'
-    )
+    told = r'ckpt_path="last": there is no last.ckpt in .*new.version_0.checkpoints\. The run starts from the beginning'
     assert re.search(told, caplog.text)
     caplog.clear()
     fit(tmp_path / "new" / "version_1" / "checkpoints", "last")
@@ -90,4 +88,7 @@ def test_a_run_that_asks_for_the_last_checkpoint_and_finds_none_says_that_it_beg
     )
     caplog.clear()
     fit(tmp_path / "new" / "version_1" / "checkpoints", "last")
-    assert "there is no checkpoint" not in caplog.text
+    assert "there is no last" not in caplog.text
+    (tmp_path / "new" / "version_1" / "checkpoints" / "last.ckpt").rename(tmp_path / "elsewhere")
+    fit(tmp_path / "new" / "version_1" / "checkpoints", "last")
+    assert re.search(r"there is no last.ckpt in .* \(but epoch=0.*ckpt: pass the path of one to go on", caplog.text)
