@@ -43,6 +43,7 @@ from lightrft_lightning.models.layers import checkpoint_activations, compile_lay
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 from lightrft_lightning.models.logprobs import find_causal_lm
 from lightrft_lightning.models.lora import add_lora, check_adapters, has_adapters
+from lightrft_lightning.models.objects import check_model_object
 from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.models.rope import length_limits
@@ -286,6 +287,7 @@ class RLHFModule(Update):
             raise ValueError("max_turns, max_length and the reward 'environment' need RLHFModule(environment=...)")
         self.rewards = rewards
         self._reward_watch = RewardWatch(rewards)
+        check_model_object(model)
         self._source: Any = None if isinstance(model, nn.Module) else model
         check_adapters(model, lora, quantization)
         self._tokenizer = tokenizer

@@ -28,9 +28,11 @@ from lightrft_lightning.models.layers import in_training_mode
 from lightrft_lightning.models.loading import load_tokenizer
 from lightrft_lightning.models.logprobs import pretrained_part, shared_prompt_problem
 from lightrft_lightning.models.lora import add_lora, has_adapters
+from lightrft_lightning.models.objects import check_model_object
 from lightrft_lightning.models.outputs import tell_ignored_outputs
 from lightrft_lightning.models.precision import train_in_float32
 from lightrft_lightning.models.proof import proof_of_run
+from lightrft_lightning.models.rope import most_positions
 from lightrft_lightning.models.tokens import check_data_ids
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class SupervisedModule(pl.LightningModule):
         self._check("weight_decay", 0 <= weight_decay < math.inf, "0 or more")
         self._check("warmup_ratio", 0 <= warmup_ratio <= 1, "between 0 and 1")
         self._check("token_budget", token_budget >= 1, "at least 1")
+        check_model_object(model)
         self._source: Any = None if isinstance(model, nn.Module) else model
         self._tokenizer = tokenizer
         self.model: Any = in_training_mode(model) if isinstance(model, nn.Module) else None
@@ -247,7 +250,7 @@ class SupervisedModule(pl.LightningModule):
                 f"the longest row takes {needed} tokens of a pass, token_budget is {self.token_budget}: raise it, or "
                 "leave long rows out with PromptDataModule(max_length=..., overlong='drop')"
             )
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = most_positions(self.model.config)
         longest = max((len(p.token_ids) + max(map(len, p.completions)) for p in prompts), default=0)
         if positions is not None and longest > positions:
             raise ValueError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning.models.rope import most_positions
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +283,7 @@ def _tell(name: str, way: type[Memory], problems: Sequence[str]) -> None:
 
 
 def _made_up_texts(config: Any) -> list[list[int]]:
-    rng, longest = random.Random(0), getattr(config, "max_position_embeddings", None) or max(_LENGTHS)
+    rng, longest = random.Random(0), most_positions(config) or max(_LENGTHS)
     first = min(10, config.vocab_size // 2)  # the lowest ids are often special: some count positions without padding
     return [[rng.randrange(first, config.vocab_size) for _ in range(min(n, longest))] for n in _LENGTHS]
 

@@ -35,7 +35,7 @@ from lightrft_lightning.experience.trajectory import Completion, FinishReason, S
 from lightrft_lightning.models.attention import without_flex_attention
 from lightrft_lightning.models.layers import evaluating, uncompiled
 from lightrft_lightning.models.outputs import plain_outputs
-from lightrft_lightning.models.rope import length_limit
+from lightrft_lightning.models.rope import length_limit, most_positions
 from lightrft_lightning.models.tokens import end_ids
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def _inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any) -> None:
     text = config.get_text_config(decoder=True)
-    window = getattr(text, "max_position_embeddings", None) or math.inf
+    window = most_positions(config) or math.inf
     same, kind = length_limit(text) or (math.inf, "")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -37,15 +37,19 @@ def length_limit(config: Any) -> tuple[int, str] | None:
     return min(limits, default=None)
 
 
+def most_positions(config: Any) -> int | None:
+    """How many tokens a model has positions for; None: any number, or its config does not say (XLNet's says -1)."""
+    most: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if most and most > 0 else None
+
+
 def length_limits(config: Any) -> dict[str, int | None]:
     """Up to how many tokens a model can be trained on what it samples, by what says so.
 
     Args:
         config: of the model.
     """
-    limits: dict[str, int | None] = {
-        "the model's max_position_embeddings": getattr(config.get_text_config(), "max_position_embeddings", None)
-    }
+    limits: dict[str, int | None] = {"the model's max_position_embeddings": most_positions(config)}
     if (limit := length_limit(config.get_text_config())) is not None:
         length, kind = limit
         limits[f"where positions of rope_type={kind!r} begin to depend on the length of the whole text"] = length

@@ -15,7 +15,7 @@ from lightrft_lightning.models.layers import evaluating
 from lightrft_lightning.models.loading import Source, load_tokenizer
 from lightrft_lightning.models.logprobs import backbone_of, replaced_forward
 from lightrft_lightning.models.outputs import plain_outputs
-from lightrft_lightning.models.rope import by_length_of_row
+from lightrft_lightning.models.rope import by_length_of_row, most_positions
 from lightrft_lightning.models.scalar import AT_END, load_scalar_model, scalar_head
 from lightrft_lightning.models.tokens import end_ids
 from lightrft_lightning.rewards._calls import Outcome, checked_value, guarded
@@ -113,7 +113,7 @@ class RewardModel:
             strategy: what holds the model; None: nothing does, it computes where it is.
         """
         model = self.load()
-        limit = self._max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self._max_length or most_positions(model.config)
         ends = end_ids(model, self.tokenizer) if self._own_end and getattr(model.config, AT_END, False) else frozenset()
         rows = [guarded(partial(self._tokens, t, limit, ends)) for t in trajectories]
         usable = [i for i, row in enumerate(rows) if row.failure is None]
