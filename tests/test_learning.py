@@ -12,10 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-# The benchmark makes all 250 iterations; here a run ends at the first validation, of one every 50, that is good enough.
+# The benchmark makes all 250 iterations; here a run ends at the first validation, of one every 25, that is good enough.
 GOOD_ENOUGH = [
+    "--trainer.limit_train_batches=25", "--trainer.max_epochs=10",
     "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/reward", "--trainer.callbacks.mode=max",
-    "--trainer.callbacks.stopping_threshold=0.83", "--trainer.callbacks.patience=9",
+    "--trainer.callbacks.stopping_threshold=0.8", "--trainer.callbacks.patience=10",
 ]  # fmt: skip
 
 
