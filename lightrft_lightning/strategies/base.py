@@ -678,11 +678,12 @@ def check_one_scale(further: Sequence[Any]) -> None:
 
 def _check_holds(optimizer: Any, model: nn.Module) -> None:
     """Raise ValueError if the optimizer steps nothing of the model: another copy's parameters would get no gradient."""
-    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-    if held and not any(id(p) in held for p in model.parameters()):
+    held = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
+    inside = {id(p) for p in model.parameters()}
+    if held and not any(id(p) in inside for p in held):
         raise ValueError(
-            f"the optimizer holds no parameter of this {type(model).__name__}: create it for the prepared model, "
-            "after adapters are put in or weights are replaced"
+            f"the optimizer holds a parameter of shape {tuple(held[0].shape)} that is not in the model: "
+            "pass each optimizer with the model that it was created for"
         )
 
 
