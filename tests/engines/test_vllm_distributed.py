@@ -13,8 +13,7 @@ FOLDER = Path(__file__).parent / "jobs"
 JOBS = {
     ("vllm_engine",): 1,
     ("vllm_training", "lightrft_fake"): 1,
-    ("vllm_training", "lightrft_fsdp"): 2,
-    ("vllm_training", "lightrft_deepspeed_stage_3"): 2,
+    ("vllm_training", "lightrft_fsdp", "lightrft_deepspeed_stage_3"): 2,
     ("vllm_tensor_parallel",): 2,
 }
 """Script and arguments, and on how many processes each runs."""

@@ -1,6 +1,6 @@
 """Reinforcement learning with real vLLM, one process a rank; see strategies/jobs/checks.py.
 
-Arguments: folder, strategy.
+Arguments: folder, strategies, one after the other: importing vLLM takes longer than any check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
-STRATEGY = sys.argv[2]
+STRATEGIES = sys.argv[2:]
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 ARGS = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
 PROMPTS = [{"prompt": f"{a}+{b}="} for a in range(3, 11) for b in range(5, 13)]
@@ -62,11 +62,11 @@ class Greedy(pl.Callback):
                 self.logprobs.append(scores.max(-1).values.tolist())
 
 
-def train(iterations, callbacks=(), adapter=False, settings=None, **engine):
+def train(strategy, iterations, callbacks=(), adapter=False, settings=None, **engine):
     curve = Curve()
     rollout = VLLMRollout(ARGS, **engine)
     trainer = pl.Trainer(
-        strategy=STRATEGY, accelerator="cpu", devices=RANKS, max_epochs=iterations // 3, limit_train_batches=3,
+        strategy=strategy, accelerator="cpu", devices=RANKS, max_epochs=iterations // 3, limit_train_batches=3,
         callbacks=[rollout, curve, *callbacks], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
@@ -84,36 +84,38 @@ def train(iterations, callbacks=(), adapter=False, settings=None, **engine):
 
 
 def check_reward_rises_and_logprobs_agree():
-    curve = train(12)
-    assert sum(curve.rewards[-3:]) > sum(curve.rewards[:3]) + 0.6, curve.rewards
-    assert max(curve.mismatch) < 1e-3, curve.mismatch
-    assert curve.versions == [{i} for i in range(12)], curve.versions
+    for strategy in STRATEGIES:
+        curve = train(strategy, 12)
+        assert sum(curve.rewards[-3:]) > sum(curve.rewards[:3]) + 0.6, curve.rewards
+        assert max(curve.mismatch) < 1e-3, curve.mismatch
+        assert curve.versions == [{i} for i in range(12)], curve.versions
 
 
 def check_hot_first_tokens_and_replaced_prompts():
-    curve = train(3, settings={"first_token_temperature": 2.0, "dynamic_sampling": True, "sampling_attempts": 1})
-    assert max(curve.mismatch) < 1e-3, curve.mismatch
-    with (
-        checks.unwatched(),
-        pytest.raises(ValueError, match="VLLMRollout takes at most 2"),
-    ):
-        train(3, settings={"first_token_temperature": 5.0})
+    settings = {"first_token_temperature": 2.0, "dynamic_sampling": True, "sampling_attempts": 1}
+    for strategy in STRATEGIES:
+        curve = train(strategy, 3, settings=settings)
+        assert max(curve.mismatch) < 1e-3, curve.mismatch
+        with checks.unwatched(), pytest.raises(ValueError, match="VLLMRollout takes at most 2"):
+            train(strategy, 3, settings={"first_token_temperature": 5.0})
 
 
 def check_adapters_arrive():
-    curve = train(6, adapter=True, lora="adapter")
-    assert max(curve.mismatch) < 1e-3, curve.mismatch
-    assert len(set(curve.rewards)) > 1
+    for strategy in STRATEGIES:
+        curve = train(strategy, 6, adapter=True, lora="adapter")
+        assert max(curve.mismatch) < 1e-3, curve.mismatch
+        assert len(set(curve.rewards)) > 1
 
 
 def check_greedy_tokens_agree_after_three_steps():
-    greedy = Greedy()
-    train(3, callbacks=[greedy], verify="all")
-    got = [done.token_ids for (done,) in greedy.engine]
-    assert len(got) == len(PROMPTS) // RANKS
-    assert got == [done.token_ids for (done,) in greedy.own] == greedy.forward
-    for (done,), expected in zip(greedy.engine, greedy.logprobs, strict=True):
-        assert max(abs(a - b) for a, b in zip(done.logprobs, expected, strict=True)) < 1e-3
+    for strategy in STRATEGIES:
+        greedy = Greedy()
+        train(strategy, 3, callbacks=[greedy], verify="all")
+        got = [done.token_ids for (done,) in greedy.engine]
+        assert len(got) == len(PROMPTS) // RANKS
+        assert got == [done.token_ids for (done,) in greedy.own] == greedy.forward
+        for (done,), expected in zip(greedy.engine, greedy.logprobs, strict=True):
+            assert max(abs(a - b) for a, b in zip(done.logprobs, expected, strict=True)) < 1e-3
 
 
 if __name__ == "__main__":
