@@ -34,8 +34,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The types take a minute of one core, of which the tests, while they wait for something, leave enough.
-test: $(VLLM)
+# The types take a minute of one core, of which the installation of vLLM leaves another.
+test: $(READY)
 	$(MAKE) --no-print-directory --jobs=2 lint suite
 
 suite: $(VLLM)
