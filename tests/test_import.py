@@ -46,18 +46,25 @@ print(json.dumps({"seconds": seconds, "added": sorted(set(sys.modules) - before)
 
 @pytest.fixture(scope="module")
 def runs():
-    """What the import adds to `import lightning.pytorch`, three times; CPU time, as other processes may be busy."""
-    return [json.loads(run(ADDED)) for _ in range(3)]
+    """What the import adds to `import lightning.pytorch`, in one run after the other; CPU time, on a busy machine."""
+    known = []
+
+    def of(number):
+        while len(known) <= number:
+            known.append(json.loads(run(ADDED)))
+        return known[number]
+
+    return of
 
 
 def test_adds_no_optional_package(runs):
-    added = {name.split(".")[0] for name in runs[0]["added"]}
+    added = {name.split(".")[0] for name in runs(0)["added"]}
     assert "lightrft_lightning" in added
     assert not added & {*OPTIONAL, "peft", "gguf", "reasoning_gym", "math_verify", "matplotlib", "rich", "jsonargparse"}
 
 
 def test_takes_at_most_three_tenths_of_a_second_more(runs):
-    assert min(r["seconds"] for r in runs) <= 0.3
+    assert any(runs(number)["seconds"] <= 0.3 for number in range(3))
 
 
 # ------------------------------------------------------------------------------------------- with nothing else there
