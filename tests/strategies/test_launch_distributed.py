@@ -127,6 +127,7 @@ def test_slurm(job):
 def test_a_notebook_with_one_process():
     # Lightning takes a session with `sys.ps1` for an interactive one, where it starts no processes.
     code = f"import runpy, sys; sys.ps1 = '>>> '; sys.argv = ['', 'trainer', '1', '1', 'hang', '9']; " \
+           f"sys.path.insert(0, {str(JOB.parent)!r}); " \
            f"names = runpy.run_path({str(JOB)!r}); names['loop']()"  # fmt: skip
     codes, output, errors = start([sys.executable, "-c", code])
     assert codes == [0], errors

@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 
+import lightning_alone  # noqa: F401  # isort: skip  # first
 import lightning.pytorch as pl
 import torch
 from torch import nn
