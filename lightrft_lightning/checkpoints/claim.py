@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightrft_lightning.checkpoints import folder, owners, trainer_state
 from lightrft_lightning.checkpoints.folder import CheckpointError
+from lightrft_lightning.checkpoints.save_order import model_checkpoints
 from lightrft_lightning.checkpoints.store import Ranks
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def claimed(trainer: pl.Trainer, ranks: Ranks) -> Iterator[None]:
     Raises:
         CheckpointError: a folder cannot be written, or not all ranks see what rank 0 writes there.
     """
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    callbacks = [c for c in model_checkpoints(trainer) if c.dirpath]
     saving = [c for c in callbacks if c.save_top_k != 0 or c.save_last]
     paths = {str(c.dirpath) for c in saving if not trainer.fast_dev_run}  # type: ignore[attr-defined]
     if trainer.ckpt_path is None and trainer_state.asked_path() == "last" and ranks.rank == 0:

@@ -83,10 +83,8 @@ class Channel:
         self._socket.settimeout(0)
         try:
             self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False  # the other side has gone, too
+        except OSError as err:  # any other: the other side has gone
+            return isinstance(err, BlockingIOError)
         return False
 
     def _read(self, size: int, end: float | None) -> bytes:

@@ -48,11 +48,16 @@ def end_within(timeout: timedelta | None = None, name: str = "") -> None:
     """
     if timeout is not None:
         _End.seconds = min(timeout.total_seconds(), 1e6)  # the platform's clocks have limits
-    _End.name = name or _End.name or f"{socket.gethostname()}, pid {os.getpid()}"
+    _End.name = name or _End.name or this_process()
     _End.failed = False
     if _End.owner != os.getpid():
         _End.owner = os.getpid()
         threading._register_atexit(_begin)  # type: ignore[attr-defined]  # `atexit` comes after waiting for threads
+
+
+def this_process() -> str:
+    """Its machine and number, for messages."""
+    return f"{socket.gethostname()}, pid {os.getpid()}"
 
 
 def end_with(code: int) -> None:

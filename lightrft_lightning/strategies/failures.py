@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from lightrft_lightning.strategies import lone, peers
-from lightrft_lightning.strategies.ending import end_within, has_failed, leave, say
+from lightrft_lightning.strategies.ending import end_within, has_failed, leave, say, this_process
 from lightrft_lightning.strategies.peers import HEARTBEAT_TIMEOUT, Peer, Status, connect_peers, readable
 from lightrft_lightning.strategies.stacks import Stack, is_handled, where_it_is
 
@@ -111,7 +111,7 @@ def watch_ranks(
     if place is None and dist.is_initialized():
         place = dist.get_rank(), dist.get_world_size()
     rank, world_size = place or (0, 1)
-    end_within(timeout, f"rank {rank}: {_name()}")
+    end_within(timeout, f"rank {rank}: {this_process()}")
     if world_size == 1:
         return None
     if _watch is not None and not _watch.serves(rank, world_size):
@@ -121,10 +121,6 @@ def watch_ranks(
         _watch = RankWatch(rank, world_size, timeout, heartbeat, store)
     _watch.wait_for(timeout, heartbeat)
     return _watch
-
-
-def _name() -> str:
-    return f"{socket.gethostname()}, pid {os.getpid()}"
 
 
 def report(exception: BaseException) -> RankFailedError | None:
@@ -178,7 +174,7 @@ class RankWatch:
         self.verdict: Verdict | None = None
         self._peers = connect_peers(rank, world_size, time.monotonic() + START_TIMEOUT.total_seconds(), store)
         self._changed = threading.Condition()  # guards what follows and the peers, against the main thread
-        self._status = Status(_name(), pid=os.getpid(), machine=peers.this_machine())
+        self._status = Status(this_process(), pid=os.getpid(), machine=peers.this_machine())
         self._stack = Stack()
         self._suspicion: tuple[float, int, str] | None = None
         self._stopped = self._silenced = False

@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from lightrft_lightning.strategies.ending import this_process
+
 POLL = 0.05
 """Seconds between two looks at who has called."""
 
@@ -118,7 +120,7 @@ def _call(rank: int, world_size: int, left: float, deadline: float) -> dist.Stor
     number = secrets.token_hex(8)
     store.set(f"call/{rank}", f"{number} {world_size}")
     token = _wait(store, f"answer/{rank}/{number}", deadline)
-    store.set(f"here/{rank}/{number}/{token}", f"{socket.gethostname()}, pid {os.getpid()}")
+    store.set(f"here/{rank}/{number}/{token}", this_process())
     if problem := _wait(store, f"go/{token}", deadline + 5):
         raise JoinError(f"rank {rank} has found rank 0, but {problem}")
     return _of_this_meeting(store, token)

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightrft_lightning.checkpoints.owners import remove_when_free
+from lightrft_lightning.checkpoints.save_order import model_checkpoints
 from lightrft_lightning.strategies import failures
 from lightrft_lightning.strategies.ending import end_with
 
@@ -275,7 +276,7 @@ class Preemption(Callback):
 
     def _save_where_it_is_found(self, trainer: pl.Trainer) -> str:
         """Where the next run looks: for ``ckpt_path="last"``, and by itself under SLURM."""
-        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        callbacks = model_checkpoints(trainer)
         callback = max(callbacks, key=_keeps_the_last, default=None)
         last = os.path.join(trainer.default_root_dir, "last.ckpt")
         if callback is not None:
