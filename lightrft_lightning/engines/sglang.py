@@ -427,8 +427,9 @@ class SGLangRollout(ServedRollout):
         answer = self._post("/weights_checker", {"action": "checksum", "selector": "target"})
         try:
             return {
-                f"{rank['parallelism_info']['dp_rank']}/{rank['parallelism_info']['rank']}/{name}": str(checksum)
+                f"{place['dp_rank']}/{place['rank']}/{name}": str(checksum)
                 for rank in answer["ranks"]
+                for place in rank["parallelism_info"][:1]  # a further one for each draft model, on the same GPU
                 for name, checksum in rank["checksums"].items()
             }
         except (AttributeError, KeyError, TypeError) as err:

@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+from lightrft_lightning import FakeStrategy, SGLangRollout
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 KEY = "a-key-for-the-tests"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of servers: two threads that wait for a busy core are 50 times slower
+
+SGLANG = Path(sys.prefix) / ".sglang"
+"""Where the Makefile installs it, for its own processes only."""
+SGLANG_ON_CPU = {
+    "device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 8192, "context_length": 64,
+    "skip_server_warmup": True,  # it sends English, which the characters' tokenizer cannot read
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +44,46 @@ def start_server(model_folder):
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def sglang_environment(tmp_path_factory):
+    """A folder that has SGLang for those who look whether it is there, and the variables of processes that run it."""
+    if not SGLANG.exists():
+        pytest.skip(f"SGLANG IS NOT RUN: `make test` installs it in {SGLANG}, where there is nothing")
+    folder = tmp_path_factory.mktemp("sglang")
+    (folder / "sglang").symlink_to(SGLANG / "sglang")
+    paths = [str(Path(__file__).parent / "real_sglang"), str(SGLANG), os.environ.get("PYTHONPATH", "")]
+    own = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    return str(folder), {**own, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@pytest.fixture(scope="module")
+def with_sglang(sglang_environment):
+    """The real SGLang is installed, for the tests of a file; returns the variables of processes that run it."""
+    folder, variables = sglang_environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture(scope="session")
+def sglang_servers():
+    """The engine that `sglang` has started."""
+    engines = []
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def sglang(with_sglang, sglang_servers):
+    """An engine, whose server all tests of a process share: a start takes half a minute of a core."""
+    if not sglang_servers:
+        engine = SGLangRollout(SGLANG_ON_CPU, sleep_level=1, deadline=60.0)
+        actor, tokenizer = tiny_llama(seed=0, width=32, layers=2), char_tokenizer()
+        FakeStrategy().setup_inference_engine(engine_type=engine, actor=actor, tokenizer=tokenizer)
+        sglang_servers.append(engine)
+    return sglang_servers[0]

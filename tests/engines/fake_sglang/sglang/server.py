@@ -228,7 +228,7 @@ class Server:
             for name, value in self.tensors().items()
         }
         place = {"role": "target", "tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
-        info = {"checksums": checksums, "per_gpu_checksum": "0", "parallelism_info": {**place, "rank": 0, "size": 1}}
+        info = {"checksums": checksums, "per_gpu_checksum": "0", "parallelism_info": [{**place, "rank": 0, "size": 1}]}
         return {"success": True, "message": "Success.", "ranks": [info], "per_engine_checksum": "0"}
 
     # ---------------------------------------------------------------- memory
