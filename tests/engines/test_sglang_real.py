@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
+import httpx
 import lightning.pytorch as pl
 import pytest
 import safetensors.torch
@@ -126,7 +131,81 @@ def test_a_tensor_that_is_lost_is_caught(engine, monkeypatch, lost):
     check_agreement(model_with(1), engine.generate(PROMPTS, SAMPLING), SAMPLING)
 
 
+def test_a_tensor_that_does_not_change_is_caught_in_every_update(engine, monkeypatch):
+    lost, save = "model.layers.0.self_attn.o_proj.weight", safetensors.torch.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            safetensors.torch, "save_file", lambda ts, *a: save({n: t for n, t in ts.items() if n != lost}, *a)
+        )
+        with pytest.raises(WeightMismatchError, match=lost):
+            engine.update_weights(PolicyWeights(STRATEGY, model_with(seed=1)), 8)
+
+
+def test_weights_that_stay_as_they_are_are_no_mismatch(engine):
+    model = model_with()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.add_(1.0)
+    for version in (1, 2):
+        engine.update_weights(PolicyWeights(STRATEGY, model), version)
+    check_agreement(model, engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
+# -------------------------------------------------------------------- life
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleeps_and_wakes_with_its_weights(engine, level):
+    before = tokens(engine.generate(PROMPTS, SAMPLING))
+    STRATEGY.engines_sleep([engine], level)
+    STRATEGY.engines_sleep([engine], level)
+    STRATEGY.engines_wake_up([engine])
+    assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
+    check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
+def test_groups_stream(engine):
+    found = dict(engine.stream(PROMPTS, SAMPLING))
+    assert tokens([found[i] for i in range(4)]) == tokens(engine.generate(PROMPTS, SAMPLING))
+    assert engine.generate([], SAMPLING) == []
+
+
+def test_a_server_that_runs_already(engine, tmp_path):
+    url, key = engine._client.url, engine._key
+    with pytest.raises(EngineError, match=r"status 401: Unauthorized. Set key=, or the variable LIGHTRFT_KEY"):
+        STRATEGY.setup_inference_engine(
+            engine_type=SGLangRollout(url=url, key="wrong"), actor=model_with(), tokenizer=TOKENIZER
+        )
+    stranger = SGLangRollout(url=url, key=key, exchange=tmp_path, deadline=60.0)
+    strategy = FakeStrategy()
+    strategy.setup_inference_engine(engine_type=stranger, actor=model_with(1), tokenizer=TOKENIZER)
+    check_agreement(model_with(1), stranger.generate(PROMPTS, SAMPLING), SAMPLING)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(EngineError, match="does another trainer use this server"):
+        engine.generate(PROMPTS, SAMPLING)
+    stranger.close()
+    assert httpx.get(f"{url}/ready", timeout=30).status_code == 200
+    engine._held = engine._before = None
+    check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
 # -------------------------------------------------------------------- the whole
+
+JOB = Path(__file__).parent / "jobs" / "sglang_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def of_ranks(sglang, run_ranks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    env = {"PYTHONPATH": str(JOB.parents[2] / "strategies" / "jobs"), "LIGHTRFT_KEY": sglang._key}
+    run_ranks(JOB, folder, sglang._client.url, timeout=200, env=env)
+    sglang._held = sglang._before = None  # it has had another trainer
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("check", re.findall(r"^def (check_\w+)", JOB.read_text(), re.M))
+def test_on_two_ranks(of_ranks, check):
+    for rank in of_ranks:
+        assert rank[check] == "ok", rank[check]
 
 
 def test_trains(engine, tmp_path):
@@ -142,3 +221,119 @@ def test_trains(engine, tmp_path):
     trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=4, seed=0))
     assert callback.version == 3 and float(trainer.callback_metrics["train/mismatch_max"]) < 1e-3
     engine._held = engine._before = None  # another trainer has used it
+
+
+# -------------------------------------------------------------------- the stand-in of other tests
+
+FAKE = Path(__file__).parent / "fake_sglang"
+DRAWN = {"max_new_tokens": 4, "temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+NUCLEUS = {**DRAWN, "temperature": 1.0, "top_k": 3, "top_p": 0.05, "sampling_seed": 7}  # as narrow as greedy
+ANSWERS = [
+    ("GET", "/ready", None),
+    ("GET", "/server_info", None),
+    ("GET", "/model_info", None),
+    ("POST", "/update_weight_version", {"new_version": "v", "abort_all_requests": False}),
+    ("POST", "/generate", {"input_ids": PROMPTS[0], "sampling_params": {**DRAWN, "max_new_tokens": 0}}),
+    ("POST", "/generate", {"input_ids": PROMPTS, "sampling_params": [DRAWN] * 4, "return_logprob": True}),
+    (
+        "POST", "/generate",
+        {"input_ids": PROMPTS, "sampling_params": [NUCLEUS] * 4, "return_logprob": True, "return_sampling_mask": True},
+    ),
+    ("POST", "/generate", {"input_ids": PROMPTS, "sampling_params": [{**DRAWN, "stop": ["3", "+"]}] * 4}),
+    ("POST", "/generate", {"input_ids": [3] * 50, "sampling_params": {**DRAWN, "max_new_tokens": 20}}),
+    (
+        "POST", "/generate",
+        {"input_ids": [3], "sampling_params": {**NUCLEUS, "top_k": 5000}, "return_sampling_mask": True},
+    ),
+    ("POST", "/generate", {"input_ids": [3], "sampling_params": {**DRAWN, "top_k": -1}, "return_sampling_mask": True}),
+    ("POST", "/weights_checker", {"action": "checksum", "selector": "target"}),
+    ("POST", "/weights_checker", {"action": "checksums", "selector": "target"}),
+    ("POST", "/update_weights_from_disk", {"model_path": "full", "load_format": "safetensors", "flush_cache": False}),
+    ("POST", "/update_weights_from_disk", {"model_path": "empty", "load_format": "safetensors", "flush_cache": False}),
+    ("POST", "/flush_cache?timeout=60.0", None),
+    ("POST", "/release_memory_occupation", {}),
+    ("POST", "/resume_memory_occupation", {}),
+    ("POST", "/weights_checker", {"action": "reset_tensors", "selector": "target"}),
+    ("GET", "/elsewhere", None),
+]  # fmt: skip
+VARIES = {
+    *("id", "per_gpu_checksum", "per_engine_checksum", "cached_tokens", "port", "random_seed", "api_key"),
+    *("model_path", "checksums", "weight_version"),  # another folder, another hash, a name drawn at random
+}
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FAKE))
+        patch.setenv("PYTHONPATH", str(FAKE))
+        engine = SGLangRollout({"context_length": 64}, sleep_level=1, deadline=60.0)
+        FakeStrategy().setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)
+    yield engine  # with the real one in place again
+    engine.close()
+
+
+def differences(found, real, at, values=True):
+    """Where the stand-in does not say what SGLang says; it may say less."""
+    if type(found) is not type(real):
+        if not (found is None and isinstance(real, int)):  # a setting that SGLang works out itself
+            yield f"{at}: {found!r} is not {real!r}"
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            if name in real:
+                yield from differences(value, real[name], f"{at} {name}", values and name not in VARIES)
+            else:
+                yield f"{at} {name}: SGLang does not say this"
+    elif isinstance(found, list):
+        if len(found) != len(real):
+            yield f"{at}: {found!r} is not {real!r}"
+        for k, (one, other) in enumerate(zip(found, real, strict=False)):
+            yield from differences(one, other, f"{at} {k}", values)
+    elif values and found != pytest.approx(real, abs=1e-4):
+        yield f"{at}: {found!r} is not {real!r}"
+
+
+def answer(engine, method, path, body):
+    """What a server says to this, and its status."""
+    headers = {"Authorization": f"Bearer {engine._key}"}
+    found = httpx.request(method, f"{engine._client.url}{path}", json=body, timeout=60, headers=headers)
+    is_json = found.headers.get("content-type") == "application/json"
+    return found.status_code, found.json() if is_json else found.text
+
+
+def test_the_stand_in_answers_as_sglang_does(engine, stand_in, tmp_path):
+    model_with(3).save_pretrained(tmp_path / "full")
+    (tmp_path / "empty").mkdir()
+    wrong = []
+    for method, path, body in ANSWERS:
+        if body and "model_path" in body:
+            body = {**body, "model_path": str(tmp_path / body["model_path"])}
+        (status, found), (expected, real) = (answer(of, method, path, body) for of in (stand_in, engine))
+        at = f"{path} {str(body)[:100]}"
+        wrong += [f"{at}: {status} is not {expected}"] if status != expected else differences(found, real, at)
+    engine._held = engine._before = None
+    assert not wrong, "\n".join(wrong)
+
+
+def test_keys_are_asked_for_as_the_stand_in_does(engine, stand_in):
+    for of in (stand_in, engine):
+        for headers in ({}, {"Authorization": "Bearer x"}):
+            refused = httpx.get(f"{of._client.url}/server_info", headers=headers, timeout=60)
+            assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
+
+
+# -------------------------------------------------------------------- the end of the server
+
+
+def test_a_server_that_dies_is_replaced_by_two_replicas(engine, monkeypatch):
+    """The draws are the same, whichever replica makes them, and both are verified."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    before, old = tokens(engine.generate(PROMPTS, SAMPLING)), engine._server.pid
+    engine.engine_args["dp_size"] = 2
+    engine._server._process.kill()
+    assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
+    assert engine._server.pid != old and engine._info["dp_size"] == 2
+    assert {at.split("/")[0] for at in engine._checksums()} == {"0", "1"}
+    for version in (4, 5):
+        engine.update_weights(PolicyWeights(STRATEGY, model_with(version)), version)
+        check_agreement(model_with(version), engine.generate(PROMPTS, SAMPLING), SAMPLING)

@@ -41,6 +41,7 @@ def test_every_run_of_the_examples_can_be_planned():
     assert tiny.model == {"name": "tiny-llama", "layers": 3, "width": 128}
     assert (tiny.accelerator, tiny.strategy, tiny.engine) == ("cpu", "lightrft_fake", "transformers")
     assert planned["smollm2_vllm"].engine == "vllm"
+    assert planned["smollm2_sglang"].engine == "sglang"
     assert planned["tiny_one_step_off"].engine == "remote"
 
 

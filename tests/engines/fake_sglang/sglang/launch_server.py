@@ -12,7 +12,7 @@ FLAGS = (
     "trust-remote-code",
 )  # fmt: skip
 VALUES = {
-    "sampling-mask-max-tokens": 256, "mem-fraction-static": None, "random-seed": None, "context-length": 256,
+    "sampling-mask-max-tokens": 4096, "mem-fraction-static": None, "random-seed": None, "context-length": 256,
     "dp-size": 1, "tp-size": 1, "dtype": "auto", "model-path": None, "load-format": "auto", "host": "127.0.0.1",
     "port": 30000, "api-key": None,
 }  # fmt: skip

@@ -23,6 +23,16 @@ from starlette.routing import Route
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+NO_MASK = (
+    "return_sampling_mask requires top_k=1 for greedy sampling or finite 1 < top_k <= {0}; got top_k={1}. Lower top_k "
+    "or increase --sampling-mask-max-tokens."
+)
+TOO_LONG = (
+    "Requested token count exceeds the model's maximum context length of {0} tokens. You requested a total of {1} "
+    "tokens: {2} tokens from the input messages and {3} tokens for the completion. Please reduce the number of tokens "
+    "in the input messages or the completion to fit within the limit."
+)
+WHEN_BUSY = "(When there are running or waiting requests, the operation will not be performed.)\n"
 
 
 class Fault(Exception):
@@ -56,7 +66,8 @@ class Server:
         get = {"/ready": self.ready, "/server_info": self.server_info, "/model_info": self.model_info}
         routes = [Route(path, self.guarded(handler), methods=["POST"]) for path, handler in post.items()]
         routes += [Route(path, self.guarded(handler), methods=["GET"]) for path, handler in get.items()]
-        return Starlette(routes=[*routes, Route("/fault", self.fault, methods=["POST"])])
+        routes.append(Route("/fault", self.fault, methods=["POST"]))
+        return Starlette(routes=routes, exception_handlers={404: lambda *_: JSONResponse({"detail": "Not Found"}, 404)})
 
     def guarded(self, handler):
         async def handle(request: Request):
@@ -131,18 +142,24 @@ class Server:
         return samples
 
     def one(self, ids, params, body):
-        limit = self.settings["context-length"]
-        if len(ids) + params["max_new_tokens"] > limit:
-            raise Fault(400, f"Requested token count exceeds the model's maximum context length of {limit} tokens.")
-        if any(not 0 <= token < self.config.vocab_size for token in ids):
-            raise Fault(400, "The input_ids contain values greater than the vocab size.")
-        masked = body.get("return_sampling_mask")
-        if masked and not 1 <= params["top_k"] <= self.settings["sampling-mask-max-tokens"]:
-            raise Fault(400, "return_sampling_mask requires top_k=1 for greedy sampling or finite 1 < top_k")
+        limit, most = self.settings["context-length"], self.settings["sampling-mask-max-tokens"]
+        masked, total = body.get("return_sampling_mask"), len(ids) + params["max_new_tokens"]
         greedy = params["temperature"] < 1e-6
+        if masked and not greedy and not 1 <= params["top_k"] <= most:
+            raise Fault(400, NO_MASK.format(most, params["top_k"] if params["top_k"] > 0 else 1 << 30))
+        if total > limit:
+            raise Fault(400, TOO_LONG.format(limit, total, len(ids), params["max_new_tokens"]))
+        if not ids or any(not 0 <= token < self.config.vocab_size for token in ids):
+            os._exit(9)  # its scheduler fails, and it ends itself
         temperature = 1.0 if greedy else params["temperature"]
         seed = params.get("sampling_seed", 42) if self.settings["enable-deterministic-inference"] else None
-        drawn, behind, logprobs, chosen, ended = list(ids), [], [], [], {"type": "length", "length": 0}
+        drawn, behind, logprobs, chosen, ended = (
+            list(ids),
+            [],
+            [],
+            [],
+            {"type": "length", "length": params["max_new_tokens"]},
+        )
         while len(behind) < params["max_new_tokens"]:
             logits = self.model(torch.tensor([drawn])).logits[0, -1].float() / temperature
             whole = logits.log_softmax(-1)
@@ -151,8 +168,8 @@ class Server:
                 support = torch.full_like(whole, -math.inf).scatter(0, whole.argmax()[None], 0.0)
             elif params["top_k"] > 0:
                 kept = whole.topk(min(params["top_k"], len(whole)))
-                mass = kept.values.softmax(-1).cumsum(-1)
-                inside = (mass - kept.values.softmax(-1)) < params["top_p"]
+                mass = kept.values.exp()  # of the whole distribution
+                inside = mass.cumsum(-1) - mass <= params["top_p"]
                 support = torch.full_like(whole, -math.inf).scatter(0, kept.indices[inside], kept.values[inside])
             support = support.log_softmax(-1)
             number = int.from_bytes(hashlib.sha256(f"{seed} {len(drawn)}".encode()).digest()[:7], "big")
@@ -169,13 +186,16 @@ class Server:
             if found := [stop for stop in params.get("stop") or [] if stop in text]:
                 ended = {"type": "stop", "matched": found[0]}
                 break
+        text = self.tokenizer.decode(behind, skip_special_tokens=True)
+        if isinstance(ended.get("matched"), str) and not params.get("no_stop_trim"):
+            text = text[: text.index(ended["matched"])]
         about = {"id": "x", "finish_reason": ended, "prompt_tokens": len(ids), "completion_tokens": len(behind)}
         about |= {"weight_version": self.version, "cached_tokens": 0}
         if body.get("return_logprob"):
             about["output_token_logprobs"] = logprobs
         if masked:
             about["output_token_sampling_logprobs"] = chosen
-        return {"text": self.tokenizer.decode(behind), "output_ids": behind, "meta_info": about}
+        return {"text": text, "output_ids": behind, "meta_info": about}
 
     # ---------------------------------------------------------------- weights
 
@@ -184,10 +204,14 @@ class Server:
             return JSONResponse({"success": False, "message": "Failed to update weights: no room"}, 400)
         if body["load_format"] not in ("auto", "safetensors"):
             return JSONResponse({"success": False, "message": "Failed to get model loader: DummyModelLoader"}, 400)
-        files = sorted(Path(body["model_path"]).glob("*.safetensors"))
-        if not files:
-            message = f"Failed to get weights iterator: Cannot find any model weights with `{body['model_path']}`."
-            return JSONResponse({"success": False, "message": message}, 400)
+        folder = Path(body["model_path"])
+        if not (files := sorted(folder.glob("*.safetensors"))):
+            cause = (
+                f"Cannot find any model weights with `{folder}`"
+                if folder.is_dir()
+                else f"Invalid HF URI 'hf://{folder}'"
+            )
+            return JSONResponse({"success": False, "message": f"Failed to get weights iterator: {cause}."}, 400)
         parameters = dict(self.model.named_parameters())  # a tied head has no name here
         for file in files:
             for name, tensor in load_file(file).items():
@@ -203,9 +227,9 @@ class Server:
 
     def flush(self, body, query, kind):
         if kind == "busy":
-            return PlainTextResponse("Flush cache failed.\n", 400)
+            return PlainTextResponse("Timed out waiting for idle state.", 400)
         self.cached.clear()
-        return PlainTextResponse("Cache flushed.\n")
+        return PlainTextResponse("Cache flushed.\nPlease check backend logs for more details. " + WHEN_BUSY)
 
     def tensors(self):
         parameters = dict(self.model.named_parameters())
