@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import random
@@ -30,6 +31,13 @@ settings.load_profile("lightrft")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes first, so that no process has one of them left when the others are done."""
     items.sort(key=lambda item: not item.path.stem.endswith(("_distributed", "test_learning")))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_no_garbage():
+    """Otherwise each full collection of a test walks through all of it, up to a second long."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass
