@@ -5,6 +5,9 @@ Arguments: folder, strategy.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -65,9 +68,20 @@ def train(strategy, ranks, batch_size=4, engine=lambda: None, iterations=2, **se
     return tokens, before, torch.cat(after), trainer.logged_metrics
 
 
+def train_alone(**settings):
+    """What `train` says of one process; the first one to ask computes it for all ranks and strategies."""
+    told = json.dumps(settings, sort_keys=True, default=lambda value: getattr(value, "__qualname__", repr(value)))
+    kept = FOLDER.parent / f"alone_{hashlib.sha256(told.replace(MODEL, 'model').encode()).hexdigest()}.pt"
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            with one_process():
+                torch.save(train("lightrft_fake", 1, **settings)[:3], kept)
+    return torch.load(kept)
+
+
 def assert_independent_of_ranks(**settings):
-    with one_process():
-        expected, before, alone, _ = train("lightrft_fake", 1, **{**settings, "compile": False})
+    expected, before, alone = train_alone(**{**settings, "compile": False})
     tokens, _, together, metrics = train(STRATEGY, RANKS, **{"token_budget": 24, **settings})
     assert tokens == expected, settings
     moved = (alone - before).norm()
@@ -109,7 +123,7 @@ def check_a_rank_with_short_completions_takes_work_over():
 def check_recomputed_and_compiled_layers():
     assert_independent_of_ranks(algorithm="ppo", critic=OWN, gradient_checkpointing=True)
     # What is compiled here are the layers with the hooks of the back end; how, does not matter.
-    with torch.compiler.set_stance("default", force_backend="aot_eager"):
+    with torch.compiler.set_stance("default", force_backend="eager"):
         if STRATEGY.endswith("stage_3"):
             with pytest.raises(ValueError, match=r"compile=True\): ZeRO-3 gathers"):
                 train(STRATEGY, RANKS, compile=True)
