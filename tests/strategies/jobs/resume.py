@@ -1,7 +1,7 @@
 """Save under one strategy, resume under another.
 
-``resume.py save FOLDER NAME...``: train ten steps under each strategy, with a checkpoint after step 5.
-``resume.py load FOLDER OUTPUT NAME... -- SOURCE...``: under each strategy resume from each source, five steps.
+``resume.py save FOLDER NAME...``: train six steps under each strategy, with a checkpoint after step 3.
+``resume.py load FOLDER OUTPUT NAME... -- SOURCE...``: under each strategy resume from each source, three steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from parity import ACCUMULATION, BATCH, Critic, actor_loss, critic_loss, sequenc
 from lightrft_lightning import get_strategy  # noqa: E402
 from lightrft_lightning.models.tiny import tiny_llama  # noqa: E402
 
-HALF, ALL = 5, 10
+HALF, ALL = 3, 6
 
 
 class Run:
