@@ -45,5 +45,8 @@ def _run(script: str, arguments: list[str], env: dict[str, str], files: list[str
     sys.path[:0] = [str(Path(script).parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         runpy.run_path(script, run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which `multiprocessing` leaves out, too
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # which a process of `multiprocessing` leaves out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -7,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 
 from lightrft_lightning.strategies import launch
 from lightrft_lightning.strategies.launch import start_process_group
@@ -37,23 +41,43 @@ def torchrun(*options, job):
     return [sys.executable, "-m", "torch.distributed.run", *options, str(JOB), *job.split()]
 
 
+def process(command, env, files):
+    """A script and torchrun's agent as forks of a process that has their packages; what these start is none."""
+    scripts = {str(JOB): JOB, "-m": Path(torch.distributed.run.__file__)}
+    _, first, *rest = command
+    if first in scripts:
+        return preloaded.start(scripts[first], rest[first == "-m" :], env, *files)
+    return subprocess.Popen(command, env=env, stdout=files[0], stderr=files[1], start_new_session=True)
+
+
 def start(*commands, variables=()):
     """Run the commands together; their exit codes, what they printed, and their errors, all in one."""
-    processes = [
-        subprocess.Popen(
-            command, env={**ENVIRONMENT, **extra}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )
-        for command, extra in itertools.zip_longest(commands, variables, fillvalue={})
-    ]  # fmt: skip
-    deadline = time.monotonic() + 90
-    try:
-        outputs = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return [p.returncode for p in processes], "".join(o for o, _ in outputs), "".join(e for _, e in outputs)
+    with contextlib.ExitStack() as opened:
+        files = [[opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        processes = [
+            process(command, {**ENVIRONMENT, **extra}, output)
+            for command, extra, output in itertools.zip_longest(commands, variables, files, fillvalue={})
+        ]
+        deadline = time.monotonic() + 90
+        try:
+            codes = [ended(p, deadline) for p in processes]
+        finally:
+            for p in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(p.pid, signal.SIGKILL)
+        for file in itertools.chain(*files):
+            file.seek(0)
+        return codes, *("".join(file.read() for file in kind) for kind in zip(*files, strict=True))
+
+
+def ended(process, deadline):
+    """The exit code of a `process` that ends by the deadline."""
+    left = max(0.1, deadline - time.monotonic())
+    if isinstance(process, subprocess.Popen):
+        return process.wait(left)
+    process.join(left)
+    assert process.exitcode is not None, "it has not ended"
+    return process.exitcode
 
 
 def check_trained_together(output, local_ranks=(0, 1)):
