@@ -40,6 +40,10 @@ def what_is_imported_is_no_garbage():
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extension modules say at the end that they leak
+
+
 @dataclass
 class RankResult:
     """What one process of a job left behind."""
