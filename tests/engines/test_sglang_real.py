@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import lightning.pytorch as pl
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -161,6 +162,28 @@ def test_sleeps_and_wakes_with_its_weights(engine, level):
     STRATEGY.engines_wake_up([engine])
     assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
     check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
+def used(process):
+    return process.memory_info().rss / (1 << 20), process.num_fds()
+
+
+def test_cycles_leave_no_memory_no_files_and_no_processes(engine):
+    """On either side; 200 of them were run once."""
+    before = None
+    for number in range(15):
+        engine.generate(PROMPTS, SAMPLING)
+        engine.sleep(1)
+        engine.wake_up()
+        engine.update_weights(PolicyWeights(STRATEGY, model_with(number)), number)
+        if number in (4, 14):
+            trainer = psutil.Process()
+            everything = {process.pid: used(process) for process in (trainer, *trainer.children(recursive=True))}
+            before = before or everything
+    assert everything.keys() == before.keys()
+    for pid, (memory, files) in everything.items():
+        # In ten cycles; a connection that is about to end may be counted.
+        assert memory < before[pid][0] + 8 and files < before[pid][1] + 5, (memory, files, before[pid])
 
 
 def test_groups_stream(engine):
