@@ -69,21 +69,11 @@ def with_sglang(sglang_environment):
         yield variables
 
 
-@pytest.fixture(scope="session")
-def sglang_servers():
-    """The engine that `sglang` has started."""
-    engines = []
-    yield engines
-    for engine in engines:
-        engine.close()
-
-
 @pytest.fixture(scope="module")
-def sglang(with_sglang, sglang_servers):
-    """An engine, whose server all tests of a process share: a start takes half a minute of a core."""
-    if not sglang_servers:
-        engine = SGLangRollout(SGLANG_ON_CPU, sleep_level=1, deadline=60.0)
-        actor, tokenizer = tiny_llama(seed=0, width=32, layers=2), char_tokenizer()
-        FakeStrategy().setup_inference_engine(engine_type=engine, actor=actor, tokenizer=tokenizer)
-        sglang_servers.append(engine)
-    return sglang_servers[0]
+def sglang(with_sglang):
+    """An engine, whose server all tests of a file share: a start takes half a minute of a core, and so does waiting."""
+    engine = SGLangRollout(SGLANG_ON_CPU, sleep_level=1, deadline=60.0)
+    actor, tokenizer = tiny_llama(seed=0, width=32, layers=2), char_tokenizer()
+    FakeStrategy().setup_inference_engine(engine_type=engine, actor=actor, tokenizer=tokenizer)
+    yield engine
+    engine.close()
