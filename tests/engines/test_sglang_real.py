@@ -104,6 +104,19 @@ def test_too_long_a_prompt_is_refused_in_sglangs_words(engine):
         engine.generate([PROMPTS[0] * 20], SAMPLING)
 
 
+def test_a_deadline_that_passes_leaves_the_server_as_it_was(engine):
+    other = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, retries=0)
+    FakeStrategy().setup_inference_engine(engine_type=other, actor=model_with(), tokenizer=TOKENIZER)
+    before = tokens(other.generate(PROMPTS, SAMPLING))
+    other.deadline = 0.1
+    with pytest.raises(EngineError, match=r"POST /generate: no complete answer by the deadline, after 0\.\d"):
+        other.generate(PROMPTS, SamplingParams(n=8, max_new_tokens=50))
+    other.deadline = 60.0
+    assert tokens(other.generate(PROMPTS, SAMPLING)) == before
+    other.close()
+    engine._held = engine._before = None  # it has had another trainer
+
+
 # -------------------------------------------------------------------- weights
 
 
@@ -231,19 +244,42 @@ def test_on_two_ranks(of_ranks, check):
         assert rank[check] == "ok", rank[check]
 
 
-def test_trains(engine, tmp_path):
-    """Under a `Trainer`, with a server that runs already."""
-    callback = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, drift_limit=1e-3, verify="all")
+def fit(engine, folder, batches, settings, resume=None, **more):
+    """Trains under a `Trainer`, with a server that runs already, which another trainer has used then."""
+    callback = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, verify="all", **more)
     trainer = pl.Trainer(
-        strategy="lightrft_fake", accelerator="cpu", devices=1, limit_train_batches=3, max_epochs=1, logger=False,
+        strategy="lightrft_fake", accelerator="cpu", devices=1, limit_train_batches=4, max_epochs=1, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[callback],
-        default_root_dir=tmp_path,
+        default_root_dir=folder, max_steps=batches,
     )  # fmt: skip
-    module = RLHFModule(model_with(), lambda completion: len(set(completion)), TOKENIZER, SAMPLING, seed=0, lr=1e-3)
+    module = RLHFModule(
+        rewards=lambda completion: len(set(completion)),
+        tokenizer=TOKENIZER,
+        sampling=SAMPLING,
+        seed=0,
+        lr=1e-3,
+        **settings,
+    )
     prompts = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
-    trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=4, seed=0))
+    trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=4, seed=0), ckpt_path=resume)
+    engine._held = engine._before = None
+    return trainer, module, callback
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": {"r": 4}}], ids=str)
+def test_trains(engine, tmp_path, model_folder, settings):
+    trainer, _, callback = fit(engine, tmp_path, 3, {"model": model_folder, **settings}, drift_limit=1e-3)
     assert callback.version == 3 and float(trainer.callback_metrics["train/mismatch_max"]) < 1e-3
-    engine._held = engine._before = None  # another trainer has used it
+
+
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(engine, tmp_path, model_folder):
+    settings = {"model": model_folder}
+    _, whole, _ = fit(engine, tmp_path, 4, settings)
+    stopped, *_ = fit(engine, tmp_path, 2, settings)
+    stopped.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed, _ = fit(engine, tmp_path, 4, settings, tmp_path / "half.ckpt")
+    for name, tensor in whole.actor.state_dict().items():
+        assert torch.equal(tensor, resumed.actor.state_dict()[name]), name
 
 
 # -------------------------------------------------------------------- the stand-in of other tests
