@@ -246,9 +246,10 @@ def packed(*layers):
 )
 def test_an_answer_without_end_or_of_unknown_size_ends_at_the_limits(answer, reason):
     server = BytesServer(answer)
-    servers = Servers(server.url, timeout=0.3, retries=0, max_bytes=1_000_000)
+    timeout = 0.3 if "no complete answer" in reason else 20.0
+    servers = Servers(server.url, timeout=timeout, retries=0, max_bytes=1_000_000)
     start = time.monotonic()
     with pytest.raises(ServerError, match=reason):
         servers.post({})
-    assert time.monotonic() - start < 5 and server.sent < 50_000_000
+    assert time.monotonic() - start < timeout + 5 and server.sent < 50_000_000
     server.close()
