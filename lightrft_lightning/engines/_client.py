@@ -35,8 +35,16 @@ class Hanging(Unreachable):
     """The server did not answer within the deadline."""
 
 
+class Unsure(Unreachable):
+    """A call broke off, and it matters whether the server had done it."""
+
+
 class ServerFault(EngineError):
     """The server answered that something went wrong on its side."""
+
+
+class Refusal(EngineError):
+    """The server answered that it does not do what it was asked for."""
 
 
 class Client:
@@ -219,7 +227,7 @@ class Client:
             raise ServerFault(message)
         if status == 401:
             message += ". Set key=, or the variable LIGHTRFT_KEY, to the key that the server has"
-        raise EngineError(message)
+        raise Refusal(message)
 
 
 class SessionClient(Client):

@@ -16,11 +16,13 @@ from typing import BinaryIO
 
 from lightrft_lightning.engines._client import Unreachable
 from lightrft_lightning.engines._wire import ANNOUNCEMENT, KEY_VARIABLE
+from lightrft_lightning.engines.masking import Mask, open_private
 
 log = logging.getLogger(__name__)
 
 KEPT_LINES = 200
 SHOWN_LINES = 10
+LONGEST_LINE = 1 << 16
 GRACE = 5.0
 """Seconds that the server has to end by itself."""
 OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "NODE_RANK", "MASTER_", "TORCHELASTIC_")
@@ -33,11 +35,13 @@ class ServerProcess:
     Args:
         command: program and arguments; it must end when its standard input is closed.
         key: goes to it as an environment variable, which other users cannot see.
-        log_file: gets its output appended. A file that cannot be written costs a warning.
+        log_file: gets its output appended, without the key; others cannot read it. A file that cannot be written costs
+            a warning.
     """
 
     def __init__(self, command: Sequence[str], key: str, log_file: Path | None) -> None:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._mask = Mask(key)
         self._announced = threading.Event()
         self._url = ""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_LAUNCHER)}
@@ -64,17 +68,31 @@ class ServerProcess:
         """
         end = time.monotonic() + deadline
         while not self._announced.wait(0.05):
-            if (code := self._process.poll()) is not None:
-                raise Unreachable(f"the server ended at its start with exit code {code}")
+            if not self.alive():
+                raise Unreachable(f"the server ended at its start with exit code {self._exit_code()}")
             if time.monotonic() > end:
                 raise Unreachable(f"the server did not start within deadline={deadline:.3g} s")
         return self._url
 
     def alive(self, patience: float = 0.0) -> bool:
-        """Whether it runs, also after so many seconds."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        return self._process.poll() is None
+        """Whether it runs, also after so many seconds.
+
+        One that has ended is waited for by `stop` only: until then its number, which is also that of the group of the
+        processes that it has started, is not given to others.
+        """
+        if self._process.returncode is not None:
+            return False
+        end = time.monotonic() + patience
+        while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= end:
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _exit_code(self) -> int:
+        about = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        assert about is not None
+        return about.si_status if about.si_code == os.CLD_EXITED else -about.si_status
 
     def last_lines(self) -> list[str]:
         """The end of its output; the very end if it has just died."""
@@ -83,36 +101,49 @@ class ServerProcess:
         return list(self._lines)[-SHOWN_LINES:]
 
     def stop(self) -> None:
-        """End it and the processes that it has started. Idempotent."""
+        """End it and the processes that it has started. Idempotent.
+
+        It is told first, and alone: a server whose own processes end before it takes that for a fault.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        for kind in (signal.SIGTERM, signal.SIGKILL):
-            if self.alive():  # otherwise its number may be another process's by now
-                os.killpg(self._process.pid, kind)
-                self.alive(GRACE)
+        if self._process.returncode is not None:  # its number may be another process's by now
+            return
+        self._process.send_signal(signal.SIGTERM)
+        self.alive(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _drain(self, log_file: Path | None) -> None:
         """A full pipe would stop the server, so nothing may stop this."""
         output = self._process.stdout
         assert output is not None
         with contextlib.ExitStack() as stack:
-            file = _opened(log_file, stack)
-            for line in iter(lambda: output.readline(1 << 16), b""):
-                text = line.decode(errors="replace").rstrip()
-                self._lines.append(text)
-                if text.startswith(ANNOUNCEMENT):
-                    self._url = text.removeprefix(ANNOUNCEMENT)
-                    self._announced.set()
-                if file is not None and not _written(file, line):
+            file, begun = _opened(log_file, stack), ""
+            for piece in self._mask.pieces(iter(lambda: output.readline(1 << 16), b"")):
+                data = piece.encode(errors="surrogateescape")
+                if file is not None and not _written(file, data):
                     file = None
+                *lines, begun = (begun + data.decode(errors="replace"))[-LONGEST_LINE:].split("\n")
+                for text in map(str.rstrip, lines):
+                    self._note(text)
+            if begun:
+                self._note(begun)
+
+    def _note(self, text: str) -> None:
+        self._lines.append(text)
+        if text.startswith(ANNOUNCEMENT):
+            self._url = text.removeprefix(ANNOUNCEMENT)
+            self._announced.set()
 
 
 def _opened(path: Path | None, stack: contextlib.ExitStack) -> BinaryIO | None:
     if path is None:
         return None
     try:
-        return stack.enter_context(path.open("ab", buffering=0))
+        return stack.enter_context(open(path, "ab", buffering=0, opener=open_private))
     except OSError as err:
         log.warning("log_file=%s cannot be opened (%s): the server's output is not kept", path, err.strerror)
         return None

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightrft_lightning.engines._client import Hanging, ServerFault, Unreachable
+from lightrft_lightning.engines._client import Hanging, ServerFault, Unreachable, Unsure
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._wire import KEY_VARIABLE
 from lightrft_lightning.engines.base import EngineError, Generation
-from lightrft_lightning.engines.weight_sync import EngineWithCopy, memory_reported
+from lightrft_lightning.engines.expected_tensors import ExpectedTensors
+from lightrft_lightning.engines.masking import Mask
+from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, PolicyWeights, memory_reported
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 
@@ -84,22 +86,31 @@ class ServedRollout(EngineWithCopy):
         self.log_file = None if log_file is None else Path(log_file)
         self._check_arguments()
         key = (key or os.environ.get(KEY_VARIABLE, "")).strip()
-        if url is not None and not (key and key.isascii() and key.isprintable()):
+        if url is not None and not key:
             raise ValueError(f"{self._name}(url={url!r}): set key=, or {KEY_VARIABLE}, to the key of the server")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self._name}: key=, or {KEY_VARIABLE}, must be one line of ASCII characters")
         self._key = key or secrets.token_urlsafe(32)
+        self._mask = Mask(self._key)
         self._client: Any = None
         self._server: ServerProcess | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._connected = self._asleep = False
+        self._server_sleeps = False  # on rank 0; one that was started again is awake
         self._sent: str | None = None  # the name, at the server, of the weights that it got last
         self._held: str | None = None  # the name of those that it had when it was reached
         self._source: Iterable[tuple[str, Tensor]] | None = None
+        self._expected: ExpectedTensors | None = None  # None: the server looks itself
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
     def _check_arguments(self) -> None:
+        if self.url is not None and "@" in self.url.partition("//")[2].partition("/")[0]:
+            raise ValueError(
+                f"{self._name}(url=...): has a user's name or password in it; the server asks for key= only"
+            )
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"{self._name}(url={self.url!r}): must be like http://127.0.0.1:8421")
         own = {"engine_args": self.engine_args, "port": self.port, "log_file": self.log_file}
@@ -120,7 +131,7 @@ class ServedRollout(EngineWithCopy):
     def _reach(self) -> str | None:
         """Start the server if need be, and connect; returns the engine's data type, if it has one.
 
-        It sets `_server` and `_client` as soon as there is one, and `_held`.
+        It sets `_server` and `_client` as soon as there is one, `_held` and `_server_sleeps`.
         """
 
     def _reconnect(self, deadline: float) -> None:
@@ -185,7 +196,7 @@ class ServedRollout(EngineWithCopy):
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-        self._connected = False
+        self._connected = self._asleep = self._server_sleeps = False
         self._source = None
 
     def _hang_up(self) -> None:
@@ -225,7 +236,8 @@ class ServedRollout(EngineWithCopy):
         lines = self._server.last_lines() if self._server is not None else []
         told = "".join(f"\n    {line}" for line in lines)
         told = f"\nThe last lines of the server's output:{told}" if told else ""
-        return type(err)(f"{self._name}({self.engine!r}): {err}{told}").with_traceback(err.__traceback__)
+        message = self._mask(f"{self._name}({self.engine!r}): {err}{told}")
+        return type(err)(message).with_traceback(err.__traceback__)
 
     def _of_rank_0(self) -> Any:
         if self._client is None:
@@ -246,7 +258,8 @@ class ServedRollout(EngineWithCopy):
             EngineError: the deadline has passed, or there is still no server.
         """
         own, pause = self._server is not None or self.url is None, BACKOFF * 2 ** (failures - 1)
-        if own and (self._server is None or failures > 1 or isinstance(err, Hanging) or not self._server.alive(pause)):
+        anew = self._server is None or failures > 1 or isinstance(err, Hanging | Unsure)
+        if own and (anew or not (self._server is not None and self._server.alive(pause))):
             self._hang_up()
             self._reach()
             return time.monotonic() + self.deadline
@@ -300,6 +313,7 @@ class ServedRollout(EngineWithCopy):
         images: Sequence[Sequence[Any]] | None = None,
     ) -> Iterator[tuple[int, list[Completion]]]:
         """As `generate`; with a single rank, group by group as they arrive."""
+        self._check_awake()
         mine, first, left = self._requests(prompts, streams, images)
         failures, error, end = 0, None, time.monotonic() + self.deadline
         while left:
@@ -323,6 +337,10 @@ class ServedRollout(EngineWithCopy):
         numbers = range(len(prompts)) if streams is None else streams
         mine: list[Request] = list(zip(prompts, numbers, images or [()] * len(prompts), strict=True))
         of_ranks: list[list[Request]] = self._gather(mine)
+        for i, (prompt, *_) in enumerate(request for requests in of_ranks for request in requests):
+            if len(prompt) == 0 or min(prompt) < 0:
+                wrong = f"holds token {min(prompt)}" if len(prompt) else "is empty"
+                raise ValueError(f"prompt {i} {wrong}: it needs at least one token, and ids from 0 on")
         if images is None:  # placeholders of images may have ids of their own
             self.check_ids([prompt for requests in of_ranks for prompt, *_ in requests])  # on all ranks alike
         first = sum(map(len, of_ranks[: self._ranks()[0]]))
@@ -336,6 +354,7 @@ class ServedRollout(EngineWithCopy):
         streams: Sequence[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> Generation:
+        self._check_awake()
         self._restore_weights()
         return _Begun(self, prompts, sampling, streams, on_group)
 
@@ -361,12 +380,19 @@ class ServedRollout(EngineWithCopy):
             EngineError: see the class.
             WeightMismatchError: the engine does not hold what was sent.
         """
+        self._check_awake()
         self._source = None if iter(named_tensors) is named_tensors else named_tensors
         update = partial(super().update_weights, named_tensors, version)
         if self._source is None:
             update()
         else:
             self._repeat(update)
+
+    @override
+    def _buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
+        if self.knows_files and isinstance(named_tensors, PolicyWeights):
+            named_tensors = named_tensors.as_in_files()
+        return super()._buckets(named_tensors if self._expected is None else self._expected.checked(named_tensors))
 
     def _restore_weights(self) -> None:
         """Send the current weights to a server that has lost them."""
@@ -384,17 +410,30 @@ class ServedRollout(EngineWithCopy):
 
     @override
     def sleep(self, level: int = 1) -> None:
+        def send() -> None:
+            self._send_to_sleep(level)
+            self._server_sleeps = True
+
         if self._connected and not self._asleep:
             with memory_reported(f"{self._name}.sleep({level})"):
-                self._repeat(partial(self._on_rank_0, partial(self._send_to_sleep, level)))
+                self._repeat(partial(self._on_rank_0, send))
             self._asleep = True
 
     @override
     def wake_up(self) -> None:
+        def send() -> None:
+            if self._server_sleeps:
+                self._wake()
+                self._server_sleeps = False
+
         if self._connected and self._asleep:
             with memory_reported(f"{self._name}.wake_up()"):
-                self._repeat(partial(self._on_rank_0, self._wake))
+                self._repeat(partial(self._on_rank_0, send))
             self._asleep = False
+
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise EngineError(f"{self._name}: the engine is asleep: call wake_up() first")
 
 
 class _Begun(Generation):

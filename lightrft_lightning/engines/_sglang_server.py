@@ -1,31 +1,114 @@
-"""SGLang's server, which ends with the trainer that started it: ``python _sglang_server.py --config sglang.yaml``.
+"""SGLang's server, which ends with the trainer that started it: ``python _sglang_server.py arguments.json``.
 
-A script, so that this package is not imported into SGLang's process.
+A script, so that this package is not imported into SGLang's process. The key comes in the environment, and what the
+options are goes into `sys.argv` only here: everybody can see a command's arguments.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import json
 import os
+import re
 import runpy
 import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 GRACE = 5.0
 """Seconds that SGLang has to end by itself."""
+NUMBER = re.compile(r"-\d+|-\d*\.\d+")
+"""What a parser takes for a value although it begins with ``-``."""
 
 
 def _end_with_parent() -> None:
     """Standard input is a pipe that only the trainer holds open."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os.killpg(0, signal.SIGKILL)  # the trainer made a group of SGLang's processes
+    leader, end = os.getpid(), time.monotonic() + GRACE
+    if os.fork() == 0:  # a leader that ends before SGLang is up leaves those behind that it has started
+        while os.getppid() == leader and time.monotonic() < end:
+            time.sleep(0.05)
+        os.killpg(0, signal.SIGKILL)  # the trainer made a group of SGLang's processes
+    os.kill(leader, signal.SIGTERM)
+
+
+def options(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
+    """The command line that gives exactly these arguments, whatever characters their values begin with.
+
+    Args:
+        arguments: by the names of the parser's options, with ``_`` or ``-``; None leaves one out.
+        parser: SGLang's.
+
+    Raises:
+        ValueError: an unknown name (no abbreviation is taken), two for the same option, or a value that no command line
+            can give.
+    """
+    known = {_plain(option): action for action in parser._actions for option in action.option_strings}
+    known |= {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    found: dict[int, str] = {}
+    line: list[str] = []
+    for given, value in arguments.items():
+        action = known.get(_plain(given))
+        if action is None:
+            close = difflib.get_close_matches(_plain(given), known, 1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"engine_args: SGLang's server has no argument {given!r}{hint}")
+        if (other := found.setdefault(id(action), given)) != given:
+            raise ValueError(f"engine_args: {other!r} and {given!r} are the same argument of SGLang's server")
+        if value is not None:
+            line += _option(action, given, value)
+    return line
+
+
+def _plain(option: str) -> str:
+    return option.lstrip("-").replace("-", "_")
+
+
+def _option(action: argparse.Action, name: str, value: Any) -> Sequence[str]:
+    option = next(o for o in action.option_strings if o.startswith("--") and not o.startswith("--no-"))
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"engine_args[{name!r}]={value!r}: must be true or false")
+        negative = [o for o in action.option_strings if o.startswith("--no-")]
+        return [option] if value else negative[:1]
+    if isinstance(value, list) and action.nargs in ("+", "*") and len(value) != 1:
+        items = [_text(item) for item in value]
+        for item in items:
+            if item.startswith("-") and not NUMBER.fullmatch(item):
+                raise ValueError(f"engine_args[{name!r}]={value!r}: SGLang takes {item!r} for an option in a list")
+        return [option, *items]
+    if isinstance(value, list) and action.nargs in ("+", "*"):
+        (value,) = value
+    return [f"{option}={_text(value)}"]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def main(path: str) -> None:
+    """Run the server with the arguments of a JSON file."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(prog="sglang serve")
+    ServerArgs.add_cli_args(parser)
+    arguments = {**json.loads(Path(path).read_text()), "api_key": os.environ.pop("LIGHTRFT_KEY")}
+    try:
+        sys.argv[1:] = options(arguments, parser)
+    except ValueError as err:
+        sys.exit(f"error: {err}")
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the script's folder, where another sglang.py is
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    main(sys.argv[1])

@@ -133,7 +133,7 @@ class RemoteRollout(ServedRollout):
         client = self._of_rank_0()
         self._held = client.open_session(deadline)
         client.call("POST", "/wake_up", {}, deadline)  # a trainer before may have left it asleep
-        self._asleep = False
+        self._server_sleeps = False
 
     @override
     def _reconnect(self, deadline: float) -> None:

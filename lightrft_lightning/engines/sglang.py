@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import importlib.util
-import io
 import json
 import logging
 import math
+import os
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -27,17 +25,20 @@ from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
-from lightrft_lightning.engines._client import Client, Hanging, Unreachable
+from lightrft_lightning.engines._client import Hanging, Refusal, ServerFault, Unreachable, Unsure
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines._wire import shortened
 from lightrft_lightning.engines.base import EngineError
+from lightrft_lightning.engines.expected_tensors import expected_tensors
+from lightrft_lightning.engines.masking import open_private
+from lightrft_lightning.engines.sglang_checksums import Changes, Sums, bits, parse_sums, skipped
+from lightrft_lightning.engines.sglang_client import SGLangClient, encoded
 from lightrft_lightning.engines.weight_sync import (
     Bucket,
     Expected,
     Held,
     WeightMismatchError,
-    digest,
     folder_in_memory,
     listed,
 )
@@ -60,13 +61,10 @@ DEFAULTS = {
     "trust_remote_code": False,
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-FUSED = {
-    **dict.fromkeys((".q_proj.", ".k_proj.", ".v_proj."), ".qkv_proj."),
-    **dict.fromkeys((".gate_proj.", ".up_proj."), ".gate_up_proj."),
-}
-"""Layers that SGLang puts together."""
-AT_ONCE = 128
-"""Prompts under way; SGLang has its own queue for their completions."""
+KNOWN = ("has_image_understanding", "sampling_mask_max_tokens", "disable_radix_cache", "dp_size")
+"""What is kept of what the server tells about itself: its key is among it."""
+ASLEEP = "/asleep"
+"""Behind the name of weights: a trainer that finds it there must wake the server, which cannot be asked."""
 FLUSH = 60.0
 """Seconds that the server may wait for other clients' requests before it empties its cache."""
 
@@ -140,13 +138,15 @@ class SGLangRollout(ServedRollout):
         self.tensor_parallel_size, self.exchange = tensor_parallel_size, exchange
         self._info: dict[str, Any] = {}
         self._digests: dict[str, str] = {}  # of the tensors of this update
-        self._before: tuple[dict[str, str], dict[str, str]] | None = None  # digests and checksums of the last one
+        self._before: tuple[dict[str, str], Sums] | None = None  # digests and checksums of the last one
+        self._changes: Changes | None = None  # from that one to this one
 
     # ---------------------------------------------------------------- life
 
     @override
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().connect(model, tokenizer)
+        self._expected = expected_tensors(model, self.knows_files)
         self.takes_images = self._on_rank_0(lambda: bool(self._info.get("has_image_understanding")))
 
     @override
@@ -162,8 +162,10 @@ class SGLangRollout(ServedRollout):
         info = client.call("GET", "/server_info", None, end - time.monotonic())
         model = client.call("GET", "/model_info", None, end - time.monotonic())
         self._check_server(url, info)
-        self._info, self._held = {**model, **info}, model.get("weight_version")
-        self._before, self._asleep = None, False
+        self._info = {name: value for name, value in {**model, **info}.items() if name in KNOWN}
+        self._before, self._server_sleeps = None, False
+        self._held = str(model.get("weight_version"))
+        self._wake()  # a trainer before may have left it asleep
         return str(info["dtype"])
 
     def _wait_until_ready(self, end: float) -> None:
@@ -200,7 +202,7 @@ class SGLangRollout(ServedRollout):
             )
 
     def _command(self, port: int) -> list[str]:
-        """A configuration file, because everybody can see a command's arguments."""
+        """The arguments are in a file, because everybody can see those of a command."""
         assert self._folder is not None
         ranks = min(self._ranks()[1], max(1, torch.cuda.device_count()))
         arguments = {
@@ -213,15 +215,13 @@ class SGLangRollout(ServedRollout):
             "tp_size": self.tensor_parallel_size,
             "host": "127.0.0.1",
             "port": port,
-            "api_key": self._key,
             "enable_memory_saver": self.sleep_level > 0,
             "enable_weights_cpu_backup": self.sleep_level == 1,
         }
-        path = Path(self._folder.name, "sglang.yaml")
-        named = {name.replace("_", "-"): value for name, value in arguments.items() if value is not None}
-        path.write_text(json.dumps(named, indent=1))  # JSON is YAML
-        path.chmod(0o600)
-        return [sys.executable, str(Path(__file__).with_name("_sglang_server.py")), "--config", str(path)]
+        path = Path(self._folder.name, "sglang.json")
+        with open(open_private(path, os.O_WRONLY | os.O_TRUNC), "w") as file:
+            json.dump(arguments, file, indent=1, default=_as_argument)
+        return [sys.executable, str(Path(__file__).with_name("_sglang_server.py")), str(path)]
 
     # ---------------------------------------------------------------- generation
 
@@ -281,7 +281,7 @@ class SGLangRollout(ServedRollout):
         if sampling.top_k and not greedy:
             body["return_sampling_mask"] = True
         if images:
-            body["image_data"] = [[_encoded(image) for image in images]] * wanted
+            body["image_data"] = [[encoded(image) for image in images]] * wanted
         if wanted == 1 or self._info.get("disable_radix_cache"):
             return [body]
         # The prompt alone first, as SGLang does for n > 1: the completions then find it in the cache.
@@ -303,6 +303,8 @@ class SGLangRollout(ServedRollout):
         ended = about["finish_reason"]
         if ended["type"] not in ("stop", "length"):
             raise EngineError(f"SGLang ended a completion with {ended['type']!r}: {ended.get('message')}")
+        if isinstance(ended.get("matched"), str) and ended["matched"] not in sampling.stop:
+            raise EngineError(f"SGLang ended a completion with {ended['matched']!r}")  # e.g. "NaN happened"
         if self._sent is not None and about["weight_version"] != self._sent:
             raise EngineError(
                 f"SGLang answered with the weights {about['weight_version']!r}, not with {self._sent!r}, which it got "
@@ -324,8 +326,14 @@ class SGLangRollout(ServedRollout):
 
     @override
     def _begin_update(self) -> None:
-        self._digests = {}
-        self._on_rank_0(partial(self._name_weights, f"incomplete-{secrets.token_hex(8)}"))
+        self._on_rank_0(self._start)
+
+    def _start(self) -> None:
+        # After an attempt that failed half way, or when the weights are lost, nobody knows what has changed.
+        self._digests, before, self._before = {}, self._before, None
+        known = before is not None and self.verify == "sample" and not self._weights_are_lost()
+        self._changes = Changes(*before) if before is not None and known else None
+        self._name_weights(f"incomplete-{secrets.token_hex(8)}")
 
     def _name_weights(self, name: str) -> None:
         self._post("/update_weight_version", {"new_version": name, "abort_all_requests": False})
@@ -336,9 +344,19 @@ class SGLangRollout(ServedRollout):
         self._on_rank_0(partial(self._write, dict(bucket)))
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hand over a folder that looks like a checkpoint with these tensors."""
-        if self.verify == "sample":
-            self._digests.update((name, digest(tensor)) for name, tensor in tensors.items())
+        digests = {name: bits(tensor) for name, tensor in tensors.items()} if self.verify == "sample" else {}
+        self._digests |= digests
+        if self._changes is None:
+            return self._hand_over(tensors)
+        for wave in self._changes.waves(tensors):
+            self._hand_over(wave)
+            if fused := self._changes.fused(wave):
+                self._changes.sent({name: digests[name] for name in wave}, self._checksums(fused))
+            else:
+                self._changes.sent({name: digests[name] for name in wave}, {})
+
+    def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have SGLang load a folder that looks like a checkpoint with these tensors."""
         needed = sum(tensor.nbytes for tensor in tensors.values())
         folder = folder_in_memory("lightrft_sglang_", 2 * needed) if self.exchange is None else self._new_folder()
         try:
@@ -372,35 +390,23 @@ class SGLangRollout(ServedRollout):
 
     @override
     def _compare(self, expected: Expected, names: Sequence[str] | None = None) -> None:
-        if not self._on_rank_0(lambda: self._before is None):
-            self._refuse(self._on_rank_0(self._stale), expected.version)
+        if self._on_rank_0(lambda: self._changes is not None):
+            self._refuse(self._on_rank_0(self._lost), expected.version)
         elif self._source is None:
             log.warning("SGLangRollout: weights from an iterator cannot be sent twice, so they are not verified")
         else:
             self._compare_all(self._source, expected.version)
+        if self._source is not None:
             self._on_rank_0(self._remember)
 
     def _remember(self) -> None:
         self._before = self._digests, self._checksums()
 
-    def _stale(self) -> list[str]:
-        """Tensors of the engine that have not changed although the trainer's have, or the other way round."""
-        assert self._before is not None
-        digests, checksums = self._before
-        self._remember()
-        changed: dict[str, bool] = {}
-        for name, value in self._before[0].items():
-            held_as = name
-            for member, fused in FUSED.items():
-                held_as = held_as.replace(member, fused)
-            changed[held_as] = changed.get(held_as, False) or digests.get(name) != value
-        return sorted(
-            {
-                _name(at)
-                for at, value in self._before[1].items()
-                if _name(at) in changed and changed[_name(at)] != (checksums.get(at) != value)
-            }
-        )
+    def _lost(self) -> list[str]:
+        """What does not hold what was sent in this update."""
+        assert self._changes is not None
+        self._changes.finish(self._digests, self._checksums())
+        return sorted(self._changes.wrong)
 
     @override
     def _compare_all(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -412,7 +418,7 @@ class SGLangRollout(ServedRollout):
             self._load(bucket)
         self._end_update(version)
         after = self._on_rank_0(self._checksums)
-        self._refuse(sorted({_name(at) for at in before if after.get(at) != before[at]}), version)
+        self._refuse(sorted({at[2] for at in before if after.get(at) != before[at]}), version)
 
     def _refuse(self, wrong: Sequence[str], version: int) -> None:
         if wrong:
@@ -422,17 +428,16 @@ class SGLangRollout(ServedRollout):
                 f"in its {listed(wrong)}"
             )
 
-    def _checksums(self) -> dict[str, str]:
-        """Of each tensor of each process, by ``replica/rank/name``."""
-        answer = self._post("/weights_checker", {"action": "checksum", "selector": "target"})
+    def _checksums(self, wanted: Collection[str] | None = None) -> Sums:
+        """Of all tensors, or at least of the wanted ones."""
+        body: dict[str, Any] = {"action": "checksum", "selector": "target"}
+        if wanted is not None:
+            assert self._changes is not None
+            body["skip_tensor_list"] = skipped(wanted, self._changes.names)
+        answer = self._post("/weights_checker", body)
         try:
-            return {
-                f"{place['dp_rank']}/{place['rank']}/{name}": str(checksum)
-                for rank in answer["ranks"]
-                for place in rank["parallelism_info"][:1]  # a further one for each draft model, on the same GPU
-                for name, checksum in rank["checksums"].items()
-            }
-        except (AttributeError, KeyError, TypeError) as err:
+            return parse_sums(answer["ranks"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as err:
             url = self._of_rank_0().url
             raise EngineError(f"{url}: POST /weights_checker: malformed answer {shortened(answer)}") from err
 
@@ -444,55 +449,48 @@ class SGLangRollout(ServedRollout):
 
     @override
     def _send_to_sleep(self, level: int) -> None:
-        self._of_rank_0().text("POST", "/release_memory_occupation", {}, self.deadline)
-        if level == 2:
-            self._held = None  # they are not kept, and sent again before anything is generated
+        """SGLang ends if it is busy then, or is told so twice: what runs ends first, and what comes later waits."""
+        client, held = self._of_rank_0(), self._named()
+        if held.endswith(ASLEEP):
+            raise EngineError(f"{client.url}: another client has put this server to sleep")
+        try:
+            client.text("POST", f"/flush_cache?timeout={min(FLUSH, self.deadline / 2):g}", None, self.deadline)
+        except Refusal as err:
+            raise EngineError(f"{err}. Other clients use this server: set sleep_level=0, or have one alone") from err
+        self._once("/pause_generation", {"mode": "retract"})
+        self._once("/release_memory_occupation", {})
+        # On level 2, the weights are not kept, and sent again before anything is generated.
+        self._name_weights((held if level == 1 else f"lost-{secrets.token_hex(8)}") + ASLEEP)
 
     @override
     def _wake(self) -> None:
-        self._of_rank_0().text("POST", "/resume_memory_occupation", {}, self.deadline)
+        held = self._named()
+        if held.endswith(ASLEEP):  # otherwise it was started again, by somebody else
+            self._once("/resume_memory_occupation", {})
+            self._of_rank_0().text("POST", "/continue_generation", {}, self.deadline)
+            self._name_weights(held.removesuffix(ASLEEP))
+        else:
+            self._held = held
+
+    def _named(self) -> str:
+        """The name of the server's weights."""
+        return str(self._of_rank_0().call("GET", "/model_info", None, self.deadline).get("weight_version"))
+
+    def _once(self, path: str, body: dict[str, Any]) -> None:
+        """A call that ends SGLang if it comes twice: it is not repeated unless the server is a new one."""
+        try:
+            self._of_rank_0().text("POST", path, body, self.deadline)
+        except (Unreachable, ServerFault) as err:
+            if self.url is None:
+                raise Unsure(str(err)) from err
+            raise EngineError(f"{err}. Nobody knows whether the server sleeps now: start it again") from err
 
 
-class SGLangClient(Client):
-    """SGLang answers with lists, text or nothing as well."""
-
-    def text(self, method: str, path: str, body: dict[str, Any] | None, deadline: float) -> str:
-        """The answer as it is; raises what `call` raises."""
-        return self._wait(self._within(deadline, f"{method} {path}", self._text(method, path, body)))
-
-    def groups(
-        self, bodies: Mapping[int, Sequence[dict[str, Any]]], deadline: float
-    ) -> Generator[tuple[int, Any], None, None]:
-        """Answers to the last body of each group, by the group's number, as they arrive; raises what `call` raises."""
-
-        async def ask(put: Any) -> None:
-            free = asyncio.Semaphore(AT_ONCE)
-
-            async def group(number: int) -> None:
-                async with free:
-                    for body in bodies[number]:
-                        text = await self._text("POST", "/generate", body)
-                    put((number, self._parse_any("POST /generate", text)))
-
-            tasks = [asyncio.ensure_future(group(number)) for number in bodies]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-        return self._items("POST /generate", ask, deadline)
-
-
-def _name(at: str) -> str:
-    return at.split("/", 2)[2]
-
-
-def _encoded(image: Any) -> str:
-    """A PIL image as SGLang takes it over HTTP."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+def _as_argument(value: Any) -> str:
+    """What JSON cannot hold."""
+    if isinstance(value, Path | torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise ValueError(f"engine_args: {value!r} is no argument of a command: give text, a number, a list or a mapping")
 
 
 def _free_port() -> int:

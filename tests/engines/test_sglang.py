@@ -223,7 +223,9 @@ def test_a_server_that_dies_in_an_update_gets_all_weights(strategy, engine):
 
 def test_a_wrong_option_is_refused_by_sglang_before_anything_is_loaded(strategy):
     engine = SGLangRollout({"contxt_length": 64}, deadline=60.0)
-    with pytest.raises(EngineError, match=r"ended at its start(.|\n)*unrecognized arguments: --contxt-length 64"):
+    with pytest.raises(
+        EngineError, match=r"ended at its start(.|\n)*no argument 'contxt_length', did you mean 'context_length'"
+    ):
         strategy.setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)
 
 

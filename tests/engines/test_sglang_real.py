@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -381,18 +383,111 @@ def test_keys_are_asked_for_as_the_stand_in_does(engine, stand_in):
             assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"})
 
 
+# -------------------------------------------------------------------- what would end the server
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "gate", "up"])
+def test_a_lost_part_of_a_fused_tensor_is_caught_in_every_update(engine, monkeypatch, part):
+    lost = f"model.layers.1.{'self_attn' if part in 'qkv' else 'mlp'}.{part}_proj.weight"
+    save = safetensors.torch.save_file
+    told = rf"version 8 .* in its 'model\.layers\.1\.\w+\.{'qkv' if part in 'qkv' else 'gate_up'}_proj\.weight'$"
+    engine.update_weights(PolicyWeights(STRATEGY, model_with(2)), 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            safetensors.torch, "save_file", lambda ts, *a: save({n: t for n, t in ts.items() if n != lost}, *a)
+        )
+        with pytest.raises(WeightMismatchError, match=told):
+            engine.update_weights(PolicyWeights(STRATEGY, model_with(1)), 8)
+
+
+@torch.no_grad()
+def test_a_zero_that_changes_its_sign_is_no_mismatch(engine):
+    model = model_with()
+    for zero in (0.0, -0.0):
+        model.lm_head.weight[3] = zero
+        engine.update_weights(PolicyWeights(STRATEGY, model), 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([3, 16], "prompt 1 holds token 16"), ([3, -1], "prompt 1 holds token -1"), ([], "prompt 1 is empty")],
+)
+def test_prompts_that_would_end_it_are_refused(engine, prompt, message):
+    pid = engine._server.pid
+    for images in (None, [[], []]) if "16" not in message else (None,):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([[3], prompt], SAMPLING, images=images)
+        with pytest.raises(ValueError, match=message):
+            engine.begin([[3], prompt], SAMPLING).finish()
+    check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+    assert engine._server.pid == pid
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"][:5]}, r"'lm_head.weight' has the shape \[5, 32\], in"),
+        (lambda ts: ts | {"lm_haed.weight": ts["lm_head.weight"]}, "tensor 'lm_haed.weight'"),
+        (lambda ts: ts | {"lm_head.weight": ts["lm_head.weight"].long()}, "'lm_head.weight' is of torch.int64"),
+        (
+            lambda ts: {n: t for n, t in ts.items() if n != "model.norm.weight"},
+            "model are missing: 'model.norm.weight'",
+        ),
+    ],
+    ids=["shape", "name", "dtype", "missing"],
+)
+def test_weights_that_would_end_it_are_refused(engine, change, message):
+    pid, tensors = engine._server.pid, dict(model_with(1).state_dict())
+    with pytest.raises(ValueError, match=message):
+        engine.update_weights(list(change(tensors).items()), 5)
+    engine.update_weights(list(tensors.items()), 5)
+    check_agreement(model_with(1), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+    assert engine._server.pid == pid
+
+
+def test_sleep_waits_for_others_and_others_wait_for_the_end_of_it(engine, monkeypatch):
+    def ask(tokens):
+        body = {"input_ids": [3], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
+        headers = {"Authorization": f"Bearer {engine._key}"}
+        found = httpx.post(f"{engine._client.url}/generate", json=body, timeout=60, headers=headers)
+        return found.json()["meta_info"]["completion_tokens"]
+
+    pid = engine._server.pid
+    with ThreadPoolExecutor() as pool:
+        before = pool.submit(ask, 50)
+        time.sleep(0.1)
+        engine.sleep(1)
+        assert before.result() == 50
+        meanwhile = pool.submit(ask, 2)
+        with pytest.raises(EngineError, match=r"asleep: call wake_up\(\) first"):
+            engine.generate(PROMPTS, SAMPLING)
+        engine.wake_up()
+        assert meanwhile.result() == 2
+    assert engine._server.pid == pid
+    check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
 # -------------------------------------------------------------------- the end of the server
 
 
-def test_a_server_that_dies_is_replaced_by_two_replicas(engine, monkeypatch):
-    """The draws are the same, whichever replica makes them, and both are verified."""
+def test_a_server_that_dies_asleep_is_replaced_by_two_replicas(engine, monkeypatch, tmp_path):
+    """The draws are the same, whichever replica makes them, and both are verified. No key of its own can be read."""
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     before, old = tokens(engine.generate(PROMPTS, SAMPLING)), engine._server.pid
-    engine.engine_args["dp_size"] = 2
+    engine.engine_args |= {"dp_size": 2, "served-model-name": "-model"}
+    engine._key, engine.log_file = "-odd 'key\"", tmp_path / "log"
+    engine.log_file.write_text("before\n")
+    engine.sleep(1)
     engine._server._process.kill()
+    engine.wake_up()
     assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
     assert engine._server.pid != old and engine._info["dp_size"] == 2
-    assert {at.split("/")[0] for at in engine._checksums()} == {"0", "1"}
+    assert {at[0] for at in engine._checksums()} == {0, 1}
     for version in (4, 5):
         engine.update_weights(PolicyWeights(STRATEGY, model_with(version)), version)
         check_agreement(model_with(version), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+    engine._hang_up()
+    log = engine.log_file.read_text()
+    assert log.startswith("before\n") and "'api_key': '***'" in log and "-odd" not in log
+    assert engine.log_file.stat().st_mode & 0o777 == 0o600
+    engine._key, engine.log_file = "k", None

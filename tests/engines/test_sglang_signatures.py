@@ -56,7 +56,7 @@ def said(tmp_path_factory):
         engine = SGLangRollout({"context_length": 64}, sleep_level=1, verify="all", deadline=60.0)
         strategy.setup_inference_engine(engine_type=engine, actor=model, tokenizer=tokenizer)
         engine._info = Read(engine._info)
-        settings = json.loads(Path(engine._folder.name, "sglang.yaml").read_text())
+        settings = json.loads(Path(engine._folder.name, "sglang.json").read_text())
         for sampling in (
             SamplingParams(n=2, max_new_tokens=4, stop=("3",)),
             SamplingParams(max_new_tokens=4, temperature=0.0),
@@ -205,13 +205,14 @@ def test_everything_was_said(said):
     assert {call["path"] for call in calls} == {
         "/ready", "/server_info", "/model_info", "/update_weight_version", "/update_weights_from_disk", "/flush_cache",
         "/weights_checker", "/generate", "/release_memory_occupation", "/resume_memory_occupation",
+        "/pause_generation", "/continue_generation",
     }  # fmt: skip
 
 
 def test_settings_are_server_args(said, source):
     settings, types = said[0], server_args_of(source)
     assert len(types) > 300
-    assert {"api-key", "load-format", "tp-size", "enable-deterministic-inference"} <= set(settings)
+    assert {"load_format", "tp_size", "enable_deterministic_inference"} <= set(settings)
     for name, value in settings.items():
         written = types[name.replace("-", "_")]
         assert fits(value, written, {}), (name, value, ast.unparse(written))
@@ -220,7 +221,7 @@ def test_settings_are_server_args(said, source):
 def test_the_command_is_sglangs(source):
     main = source("launch_server.py")
     assert 'if __name__ == "__main__":' in main and "prepare_server_args(sys.argv[1:])" in main
-    assert '"--config" in argv' in source("srt/server_args.py")
+    assert "def add_cli_args(parser" in source("srt/server_args.py")
 
 
 def test_routes_exist(said, routes):
@@ -250,7 +251,7 @@ def test_bodies_fit_the_requests(said, routes, requests):
         for field, value in body.items():
             assert fits(value, fields[field][0], requests), (name, field, value, ast.unparse(fields[field][0]))
         checked.add(name)
-    assert len(checked) == 6
+    assert len(checked) == 8
 
 
 def test_sampling_parameters_exist(said, source):

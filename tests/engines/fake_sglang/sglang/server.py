@@ -62,6 +62,7 @@ class Server:
             "/generate": self.generate, "/update_weights_from_disk": self.update, "/flush_cache": self.flush,
             "/update_weight_version": self.rename, "/weights_checker": self.check,
             "/release_memory_occupation": self.release, "/resume_memory_occupation": self.resume,
+            "/pause_generation": self.pause, "/continue_generation": self.go_on,
         }  # fmt: skip
         get = {"/ready": self.ready, "/server_info": self.server_info, "/model_info": self.model_info}
         routes = [Route(path, self.guarded(handler), methods=["POST"]) for path, handler in post.items()]
@@ -247,9 +248,11 @@ class Server:
             return {"success": True, "message": "Success."}
         if body["action"] != "checksum":
             return JSONResponse({"success": False, "message": f"Unsupported action={body['action']!r}"}, 400)
+        skipped = body.get("skip_tensor_list") or []
         checksums = {
             name: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
             for name, value in self.tensors().items()
+            if not any(part in name for part in skipped)
         }
         place = {"role": "target", "tp_rank": 0, "tp_size": 1, "dp_rank": 0, "dp_size": 1, "pp_rank": 0, "pp_size": 1}
         info = {"checksums": checksums, "per_gpu_checksum": "0", "parallelism_info": [{**place, "rank": 0, "size": 1}]}
@@ -257,7 +260,15 @@ class Server:
 
     # ---------------------------------------------------------------- memory
 
+    def pause(self, body, query, kind):
+        return {"message": "Generation paused successfully.", "status": "ok"}
+
+    def go_on(self, body, query, kind):
+        return {"message": "Generation continued successfully.", "status": "ok"}
+
     def release(self, body, query, kind):
+        if self.asleep:
+            os._exit(9)  # SGLang reads buffers that are not there
         if not self.settings["enable-weights-cpu-backup"]:
             for parameter in self.model.parameters():
                 parameter.fill_(math.nan)
@@ -265,5 +276,7 @@ class Server:
         return None
 
     def resume(self, body, query, kind):
+        if not self.asleep:
+            os._exit(9)  # KeyError in its scheduler
         self.asleep = False
         return None
