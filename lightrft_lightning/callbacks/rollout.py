@@ -135,8 +135,11 @@ class RolloutCallback(Callback, RolloutEngine):
             f"{mean:.3g} nats on average"
         )
         if self.drift_limit is not None and not mean <= self.drift_limit:
-            raise DriftError(f"{told}, more than drift_limit={self.drift_limit}: weights or precision do not match")
-        # Samples of older weights differ as they should.
+            old = f", or older weights drew them (staleness={module.staleness})" if module.staleness else ""
+            raise DriftError(
+                f"{told}, more than drift_limit={self.drift_limit}: weights or precision do not match{old}"
+            )
+        # Samples of older weights differ as they should: by how much, only a limit of the user's own can say.
         if self.drift_warning is not None and not module.staleness and not mean <= self.drift_warning:
             log.warning("%s, more than drift_warning=%s: weights or precision may not match", told, self.drift_warning)
 

@@ -58,6 +58,7 @@ DEFAULTS = {
     "mem_fraction_static": 0.3,  # of the GPU's memory: the trainer needs the rest
     "enable_deterministic_inference": True,  # without it, SGLang ignores the seeds of requests
     "random_seed": 0,
+    "sleep_on_idle": True,  # otherwise each replica takes a core from the trainer while it waits for requests
     "trust_remote_code": False,
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}

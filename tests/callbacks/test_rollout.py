@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import peft
@@ -136,6 +137,10 @@ def test_drift_warns_and_stops(run, caplog):
     with pytest.raises(DriftError, match=r"Recorded: .* differ by 0\.2 nats on average, more than drift_limit=0\.15"):
         run(engine, proven=False)
     assert engine.calls[-1] == "close"
+    with pytest.raises(DriftError, match=r"do not match, or older weights drew them \(staleness=2\)"):
+        engine._check_drift(
+            SimpleNamespace(callback_metrics={"train/mismatch_mean": 0.2}), SimpleNamespace(staleness=2)
+        )
     for offset in (0.2, float("nan")):
         engine = Recorded(offset=offset)
         engine.drift_warning = None

@@ -17,7 +17,6 @@ SGLANG = Path(sys.prefix) / ".sglang"
 """Where the Makefile installs it, for its own processes only."""
 SGLANG_ON_CPU = {
     "device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 8192, "context_length": 64,
-    "sleep_on_idle": True,  # otherwise it takes half a core to wait for requests
     "skip_server_warmup": True,  # it sends English, which the characters' tokenizer cannot read
 }  # fmt: skip
 

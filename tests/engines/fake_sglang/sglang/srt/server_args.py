@@ -6,7 +6,7 @@ import argparse
 
 FLAGS = (
     "enable-memory-saver", "enable-weights-cpu-backup", "enable-deterministic-inference", "disable-radix-cache",
-    "trust-remote-code",
+    "sleep-on-idle", "trust-remote-code",
 )  # fmt: skip
 VALUES = {
     "sampling-mask-max-tokens": 4096, "mem-fraction-static": 0.9, "random-seed": 0, "context-length": 256,
