@@ -1,16 +1,19 @@
-"""Tokens a second of vLLM and of the transformers engine, against plain `generate` of transformers.
+"""Tokens a second of vLLM, SGLang and the transformers engine, against plain `generate` of transformers.
 
 Eight prompts of the same length whose answers are short for most and run to the limit for some, eight completions each,
 drawn at a temperature so low that all programs write the same text: the token counts are equal. One process, in
 turn within each round, medians over the rounds.
 
-    python benchmarks/rollout.py                                        # the record
+    python benchmarks/rollout.py --sglang                               # the record; SGLang is the one of `make test`
     python benchmarks/rollout.py --rounds 1 --max-new-tokens 16 --n 2   # smoke
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,7 @@ from statistics import median
 import torch
 from _common import Bars, report, spread
 
-from lightrft_lightning import FakeStrategy, SamplingParams, TransformersRollout
+from lightrft_lightning import FakeStrategy, RolloutEngine, SamplingParams, SGLangRollout, TransformersRollout
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.models.loading import load_model, load_tokenizer
 
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.01)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sglang", action="store_true", help="SGLang too, on a CPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -71,9 +75,12 @@ def main() -> None:
     for engine in (ours, refilled):
         engine.connect(model, tokenizer)
 
-    def with_engine(engine: VLLMRollout | TransformersRollout) -> Callable[[SamplingParams], int]:
+    def with_engine(engine: RolloutEngine) -> Callable[[SamplingParams], int]:
         def run(sampling: SamplingParams) -> int:
-            vllm._engine.reset_prefix_cache()  # every round sees its prompts for the first time
+            # Every round sees its prompts for the first time.
+            if isinstance(engine, SGLangRollout):
+                engine._client.text("POST", "/flush_cache", None, 60.0)
+            vllm._engine.reset_prefix_cache()
             return sum(len(c.token_ids) for group in engine.generate(prompts, sampling) for c in group)
 
         return run
@@ -84,6 +91,10 @@ def main() -> None:
         "TransformersRollout, 16 at once": with_engine(refilled),
         "VLLMRollout": with_engine(vllm),
     }
+    if args.sglang:
+        sglang = sglang_on_cpu(args.threads)
+        strategy.setup_inference_engine(engine_type=sglang, actor=model, tokenizer=tokenizer)
+        programs["SGLangRollout"] = with_engine(sglang)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     tokens: dict[str, int] = {}
     for program in programs.values():  # warm up
@@ -94,6 +105,8 @@ def main() -> None:
             tokens[name] = program(sampling)
             seconds[name].append(time.perf_counter() - start)
     vllm.close()
+    if args.sglang:
+        sglang.close()
     rates = {name: tokens[name] / median(seconds[name]) for name in programs}
     rows = [
         {
@@ -108,6 +121,18 @@ def main() -> None:
     ]
     settings = {**{k: v for k, v in vars(args).items() if k != "out"}, "prompt tokens": [len(p) for p in prompts]}
     report("rollout", rows, settings, args.out, Bars(["engine"], ["tokens/s"], "tokens a second"))
+
+
+def sglang_on_cpu(threads: int) -> SGLangRollout:
+    """The SGLang that `make test` installs, which its own processes alone must see whole."""
+    installed, folder = Path(sys.prefix, ".sglang"), Path(tempfile.mkdtemp())
+    (folder / "sglang").symlink_to(installed / "sglang")
+    sys.path.append(str(folder))
+    patches = Path(__file__).parents[1] / "tests" / "engines" / "real_sglang"
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (patches, installed)))
+    os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(threads)}
+    settings = {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 32768, "context_length": 1024}
+    return SGLangRollout(settings)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ SHOWN_LINES = 10
 LONGEST_LINE = 1 << 16
 GRACE = 5.0
 """Seconds that the server has to end by itself."""
+AT_ONCE = 1.0
+"""Seconds after which it is told that it has to, and those that its processes have after it."""
 OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "GROUP_", "ROLE_", "LOCAL_", "NODE_RANK", "MASTER_", "TORCHELASTIC_")
 """Variables by which an engine would take itself for one of the training processes."""
 
@@ -103,15 +105,18 @@ class ServerProcess:
     def stop(self) -> None:
         """End it and the processes that it has started. Idempotent.
 
-        It is told first, and alone: a server whose own processes end before it takes that for a fault.
+        It is told first, and alone: a server whose own processes end before it takes that for a fault. They have a
+        moment after it, to clean up.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         if self._process.returncode is not None:  # its number may be another process's by now
             return
-        self._process.send_signal(signal.SIGTERM)
-        self.alive(GRACE)
+        if self.alive(AT_ONCE):
+            self._process.send_signal(signal.SIGTERM)
+            self.alive(GRACE)
+        self._reader.join(AT_ONCE)  # until the last of them has closed the pipe
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

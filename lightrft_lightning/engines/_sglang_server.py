@@ -7,6 +7,7 @@ options are goes into `sys.argv` only here: everybody can see a command's argume
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -20,22 +21,57 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GRACE = 5.0
-"""Seconds that SGLang has to end by itself."""
+ROUNDS = 20
+"""How often processes are looked for that have to end, 0.05 s apart."""
 NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 """What a parser takes for a value although it begins with ``-``."""
 
 
 def _end_with_parent() -> None:
-    """Standard input is a pipe that only the trainer holds open."""
+    """Standard input is a pipe that only the trainer holds open.
+
+    Nothing in SGLang is worth the five seconds that it takes to end in order: its processes are killed, and then the
+    leader, which is this one, ends. The tracker of their semaphores is left to clean up after them.
+    """
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    leader, end = os.getpid(), time.monotonic() + GRACE
-    if os.fork() == 0:  # a leader that ends before SGLang is up leaves those behind that it has started
-        while os.getppid() == leader and time.monotonic() < end:
-            time.sleep(0.05)
-        os.killpg(0, signal.SIGKILL)  # the trainer made a group of SGLang's processes
-    os.kill(leader, signal.SIGTERM)
+    files: set[str] = set(_load_files("self"))
+    for _ in range(ROUNDS):  # those that are being started in the meantime
+        others = [pid for pid in _group() if not _tracks(pid)]
+        for pid in others:
+            files.update(_load_files(pid))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        if not others:
+            break
+        time.sleep(0.05)
+    for file in files:
+        Path(file).unlink(missing_ok=True)
+    os._exit(0)
+
+
+def _group() -> list[str]:
+    """The other processes of this one's group that have not ended; the trainer made it for SGLang alone."""
+    own, found = (str(os.getpid()), str(os.getpgrp())), []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if (pid := path.parent.name) != own[0] and group == own[1] and state not in "ZX":
+                found.append(pid)
+    return found
+
+
+def _tracks(pid: str) -> bool:
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path("/proc", pid, "cmdline").read_bytes()
+    return False
+
+
+def _load_files(pid: str) -> list[str]:
+    """Files in memory by which SGLang's processes tell each other how much they have to do; it leaves them behind."""
+    with contextlib.suppress(OSError):
+        return re.findall(r"/dev/shm/sglang_loads_\S+", Path("/proc", pid, "maps").read_text())
+    return []
 
 
 def options(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:

@@ -486,7 +486,13 @@ def test_a_server_that_dies_asleep_is_replaced_by_two_replicas(engine, monkeypat
     for version in (4, 5):
         engine.update_weights(PolicyWeights(STRATEGY, model_with(version)), version)
         check_agreement(model_with(version), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+    group, files = psutil.Process(engine._server.pid).children(recursive=True), set(Path("/dev/shm").iterdir())
+    start = time.monotonic()
     engine._hang_up()
+    assert time.monotonic() - start < 2.5 and len(group) > 3
+    assert not [process for process in group if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    gone = files - set(Path("/dev/shm").iterdir())
+    assert any(file.name.startswith("sglang_loads_") for file in gone), gone
     log = engine.log_file.read_text()
     assert log.startswith("before\n") and "'api_key': '***'" in log and "-odd" not in log
     assert engine.log_file.stat().st_mode & 0o777 == 0o600
