@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, Namespace, SaveConfigCallback
 from typing_extensions import override
 
 import lightrft_lightning
@@ -59,6 +59,26 @@ DESCRIPTION = (
 )
 
 
+class SavedWithoutKeys(SaveConfigCallback):
+    """What a run is started with goes into ``config.yaml``, which others may read, without the keys of servers."""
+
+    @override
+    def __init__(self, parser: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(parser, _without_keys(config), *args, **kwargs)
+
+
+def _without_keys(value: Any) -> Any:
+    """A copy of a configuration; a server whose key it has gets that of `LIGHTRFT_KEY` when it is used again."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_without_keys, value))
+    if not isinstance(value, dict | Namespace):
+        return value
+    copy = type(value)()
+    for name, held in vars(value).items() if isinstance(value, Namespace) else value.items():
+        copy[name] = None if name == "key" and isinstance(held, str) else _without_keys(held)
+    return copy
+
+
 class LightRFTCLI(LightningCLI):
     """`LightningCLI` with this package's module, data and defaults.
 
@@ -78,6 +98,7 @@ class LightRFTCLI(LightningCLI):
             args=None if args is None else list(args),
             trainer_defaults={**TRAINER_DEFAULTS, "enable_progress_bar": name is not None},  # else ProgressLine
             seed_everything_default=DEFAULT_SEED,
+            save_config_callback=SavedWithoutKeys,
             save_config_kwargs={"overwrite": True},  # otherwise a second run into the same folder is an error
             auto_configure_optimizers=False,  # the module's own settings decide
             load_from_checkpoint_support=False,  # the modules save their hyperparameters themselves

@@ -106,6 +106,16 @@ def test_own_callbacks_replace_the_default_ones(config):
     assert {c.filename for c in cli.trainer.callbacks if isinstance(c, ModelCheckpoint)} == {None}
 
 
+def test_the_key_of_a_server_is_not_written_down(config, capsys):
+    path = with_callbacks(
+        "    - class_path: RemoteRollout\n"
+        "      init_args: {url: http://127.0.0.1:9, key: a-secret, deadline: 1, retries: 0}\n"
+    )
+    assert main(["fit", "--config", path]) == 1 and "http://127.0.0.1:9" in capsys.readouterr().err
+    saved = (Path("lightning_logs") / "version_0" / "config.yaml").read_text()
+    assert "http://127.0.0.1:9" in saved and "a-secret" not in saved
+
+
 def test_validate_prints_pass_at_k_of_every_set(config, capsys):
     sets = "{easy: {task: digits_addition, size: 3, high: 19}, hard: {task: digits_addition, size: 2}}"
     flags = ["--data.val", sets, "--model.val_sampling", "{n: 4, max_new_tokens: 4}", "--model.pass_threshold", "-0.2"]
