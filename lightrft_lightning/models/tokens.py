@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -136,7 +137,11 @@ def check_ids(texts: Iterable[tuple[str, Sequence[int]]], size: int | None, toke
         return
     tokenizer = text_tokenizer(tokenizer)
     for where, ids in texts:
-        wrong = next((i for i in ids if not 0 <= i < size), None)
+        try:
+            wrong = next((i for i in map(operator.index, ids) if not 0 <= i < size), None)
+        except TypeError:
+            other = next(i for i in ids if not hasattr(i, "__index__"))
+            raise ValueError(f"{where} holds {other!r}, which is no token id: give whole numbers") from None
         if wrong is None:
             continue
         known = tokenizer is not None and 0 <= wrong < len(tokenizer)
