@@ -44,8 +44,20 @@ class WeightSyncWorker:
     def lightrft_load(self, bucket: Bucket | str) -> None:
         """Load tensors, or those of a safetensors file (on a file system in memory)."""
         tensors = list(load_file(bucket).items()) if isinstance(bucket, str) else bucket
-        with self._loading():
-            loaded = self.model_runner.get_model().load_weights(iter(tensors))
+        begun: list[tuple[str, list[int]]] = []  # vLLM's own errors do not say which tensor they are about
+
+        def followed() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors:
+                begun.append((name, list(tensor.shape)))
+                yield name, tensor
+
+        try:
+            with self._loading():
+                loaded = self.model_runner.get_model().load_weights(followed())
+        except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as err:
+            name, shape = begun[-1] if begun else ("nothing", [])
+            told = str(err).partition(" The available parameters")[0]
+            raise ValueError(f"vLLM refuses the weight {name!r} of shape {shape}: {type(err).__name__} {told}") from err
         self._loaded = None if loaded is None or self._loaded is None else self._loaded | set(loaded)
 
     def lightrft_end_update(self) -> None:
@@ -87,8 +99,10 @@ class WeightSyncWorker:
             layer = manager.modules.get(path)
             if layer is not None:
                 i = "qkv".index(shard) if isinstance(shard, str) else shard or 0
-                digests[f"{name}.lora_A"] = digest(layer.lora_a_stacked[i][slot, 0, :rank])
-                digests[f"{name}.lora_B"] = digest(layer.lora_b_stacked[i][slot, 0, :, :rank])
+                a, b = layer.lora_a_stacked, layer.lora_b_stacked
+                a, b = (a, b) if isinstance(a, Tensor) else (a[i], b[i])  # an output head has no slices
+                digests[f"{name}.lora_A"] = digest(a[slot, 0, :rank])
+                digests[f"{name}.lora_B"] = digest(b[slot, 0, :, :rank])
         return digests
 
     def _loading(self) -> Any:

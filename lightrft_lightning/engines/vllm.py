@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import faulthandler
 import logging
 import os
 import tempfile
 import time
-import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,10 +17,20 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
+from lightrft_lightning.engines import vllm_adapter
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.shared_memory import of_this_run
+from lightrft_lightning.engines.vllm_process import ends_if_hung, groups_kept, process_group_kept, quiet, threads_kept
+from lightrft_lightning.engines.vllm_settings import (
+    CPU_DEFAULTS,
+    ENVIRONMENT,
+    GPU_DEFAULTS,
+    check_engine_args,
+    check_start,
+    refusals_in_a_line,
+)
 from lightrft_lightning.engines.weight_sync import (
     Bucket,
     EngineWithCopy,
@@ -31,7 +38,6 @@ from lightrft_lightning.engines.weight_sync import (
     PolicyWeights,
     Verify,
     WeightMismatchError,
-    digest,
     listed,
     memory_reported,
     merged,
@@ -39,34 +45,19 @@ from lightrft_lightning.engines.weight_sync import (
 from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 from lightrft_lightning.models.loading import load_tokenizer
-from lightrft_lightning.models.lora import active_adapter, layers, matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-HUNG = 60.0
-"""Seconds after its deadline that a call inside vLLM is taken for hung."""
+START = 1800.0
+"""Seconds that the engine's start may take at least."""
+
+_running: weakref.WeakSet[VLLMRollout] = weakref.WeakSet()
+"""Rollouts with an engine in this process: they share vLLM's process groups, which go with the last of them."""
 
 _Request = tuple[Sequence[int], int, Sequence[Any]]  # token ids, stream, images
-
-OURS = {"model", "tokenizer", "tensor_parallel_size", "worker_extension_cls", "distributed_executor_backend"}
-"""Engine arguments that follow from the model, the ranks or the weight sync."""
-
-GPU_DEFAULTS = {"gpu_memory_utilization": 0.3}
-CPU_DEFAULTS = {
-    "kv_cache_memory_bytes": 1 << 30,
-    "block_size": 32,  # in place of 128: only whole blocks of a prompt are shared by its completions
-    "enable_chunked_prefill": False,  # half a prompt, drawn with a seed, raises in vLLM's CPU build
-}
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, next to the weights
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise it would bind the threads that train
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 
 
 class VLLMRollout(EngineWithCopy):
@@ -139,7 +130,8 @@ class VLLMRollout(EngineWithCopy):
         self._adapter: Any = None
         self._requests = 0
         self._asleep = self._owns_group = False
-        _check_engine_args(self.engine_args)
+        self._unusable = ""
+        check_engine_args(self.engine_args, vllm_adapter.OURS if lora == "adapter" else ())
 
     # ---------------------------------------------------------------- life
 
@@ -147,16 +139,13 @@ class VLLMRollout(EngineWithCopy):
     def connect(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if self._engine is not None:
             return
-        defaults = {}
-        if self.lora == "adapter":
-            matrices(model)  # refuses what an adapter cannot hold
-            rank = max(layer.r[active_adapter(model)] for layer in layers(model).values())
-            defaults = {"enable_lora": True, "max_loras": 1, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
+        defaults = vllm_adapter.engine_arguments(model) if self.lora == "adapter" else {}
         self.tokenizer = tokenizer
         self._folder = tempfile.TemporaryDirectory(prefix="lightrft_vllm_")
         save_without_weights(model, tokenizer, self._folder.name)
         dtype = getattr(self.strategy, "compute_dtype", torch.float32)
         self.start(self._folder.name, dtype=str(dtype).removeprefix("torch."), load_format="dummy", **defaults)
+        self._unusable = "it has no weights yet"
 
     def start(self, folder: str, **defaults: Any) -> None:
         """Start vLLM on a Hugging Face folder.
@@ -168,6 +157,7 @@ class VLLMRollout(EngineWithCopy):
         os.environ.update({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
         vllm = import_extra("vllm", "vllm")
         gpu = torch.cuda.is_available()
+        check_start(self.engine_args, gpu, empty="load_format" in defaults)
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks % self.tensor_parallel_size:
             raise ValueError(
@@ -195,8 +185,16 @@ class VLLMRollout(EngineWithCopy):
         # It seeds all random generators, and may be started while Lightning evaluates.
         shared = not gpu and self.tensor_parallel_size > 1 and ranks > 1
         memory = of_this_run() if shared else contextlib.nullcontext()
-        with isolate_rng(), torch.inference_mode(False), _threads_kept(), _quiet(gpu), memory:
+        surroundings = (isolate_rng(), torch.inference_mode(False), threads_kept(), quiet(gpu), memory)
+        with contextlib.ExitStack() as stack:
+            for context in (
+                refusals_in_a_line(self.engine_args),
+                ends_if_hung(max(self.deadline, START)),
+                *surroundings,
+            ):
+                stack.enter_context(context)
             self._engine = vllm.LLMEngine.from_engine_args(engine_args)
+        _running.add(self)
         self.dtype = self._engine.model_config.dtype
         self.know_tokens(folder, load_tokenizer(folder) if self.tokenizer is None else self.tokenizer)
 
@@ -204,7 +202,15 @@ class VLLMRollout(EngineWithCopy):
     def close(self) -> None:
         if self._engine is None:
             return
-        with contextlib.nullcontext() if self._owns_group else _process_group_kept():
+        others = [other for other in _running if other is not self and other._engine is not None]
+        if others and self._owns_group:
+            others[0]._owns_group, self._owns_group = True, False
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ends_if_hung(self.deadline))
+            if others:
+                stack.enter_context(groups_kept())
+            elif not self._owns_group:
+                stack.enter_context(process_group_kept())
             self._engine.engine_core.shutdown()
             self._engine = self._adapter = None  # its finalizer shuts down once more
         if self._folder is not None:
@@ -251,7 +257,10 @@ class VLLMRollout(EngineWithCopy):
         """As `generate`, group by group."""
         if self._engine is None:
             raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) before generate()")
+        if self._unusable:
+            raise RuntimeError(f"VLLMRollout: {self._unusable}: call update_weights before generate()")
         self._check(prompts, sampling)
+        self._check_idle("generate")
         if images is None:  # placeholders of images may have ids of their own
             self.check_ids(prompts)
         seen = [()] * len(prompts) if images is None else images
@@ -300,7 +309,7 @@ class VLLMRollout(EngineWithCopy):
                         f"VLLMRollout: {len(open_requests)} of {len(requests)} prompts are not finished after "
                         f"deadline={self.deadline} s"
                     )
-                with torch.inference_mode(False), _ends_if_hung(end - time.monotonic()):
+                with torch.inference_mode(False), ends_if_hung(end - time.monotonic()):
                     outputs = engine.step()
                 for output in outputs:
                     if output.finished:
@@ -309,12 +318,21 @@ class VLLMRollout(EngineWithCopy):
             if open_requests:
                 engine.abort_request(list(open_requests))
 
+    def _check_idle(self, call: str) -> None:
+        """Refuse a call between the groups of a stream: that would go on with other weights, and be mixed up."""
+        if self._engine is not None and self._engine.has_unfinished_requests():
+            raise RuntimeError(
+                f"VLLMRollout.{call}: a stream() of this engine is not finished: go through it, or close() it, first"
+            )
+
     def _check(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
         if 0 < sampling.temperature < 0.01:
             raise ValueError(f"temperature={sampling.temperature}: vLLM would draw at 0.01; use 0 (greedy), or 0.01")
+        if sampling.temperature > self.max_temperature:
+            raise ValueError(f"temperature={sampling.temperature}: vLLM takes at most {self.max_temperature:g}")
         limit = self._engine.model_config.max_model_len
         for i, prompt in enumerate(prompts):
-            if not prompt:
+            if len(prompt) == 0:
                 raise ValueError(f"prompt {i} is empty: it needs at least one token")
             if len(prompt) + sampling.max_new_tokens > limit:
                 raise ValueError(
@@ -327,8 +345,15 @@ class VLLMRollout(EngineWithCopy):
     @override
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """As in `EngineWithCopy`; with ``lora="adapter"`` the weights must be `PolicyWeights`."""
+        self._check_idle("update_weights")
+        self._unusable = "the last update of its weights failed"
         if self.lora == "merged":
-            return super().update_weights(named_tensors, version)
+            super().update_weights(named_tensors, version)
+        else:
+            self._update_adapter(named_tensors, version)
+        self._unusable = ""
+
+    def _update_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not isinstance(named_tensors, PolicyWeights):
             raise TypeError(f"lora='adapter' needs PolicyWeights(strategy, model), got {type(named_tensors).__name__}")
         if self._adapter is None:
@@ -343,27 +368,19 @@ class VLLMRollout(EngineWithCopy):
         tensors = weights.adapter()
         before, number = self._adapter, 1 if self._adapter is None else self._adapter.lora_int_id + 1
         with tempfile.TemporaryDirectory(prefix="lightrft_adapter_") as folder:
-            weights.model.peft_config[active_adapter(weights.model)].save_pretrained(folder)
-            import_extra("safetensors.torch", "hf").save_file(
-                tensors, os.path.join(folder, "adapter_model.safetensors")
-            )
+            vllm_adapter.save(weights.model, tensors, folder)
             self._adapter = LoRARequest(f"policy-{version}", number, folder)
-            if before is not None:
-                self._engine.remove_lora(before.lora_int_id)
-            with _ends_if_hung(self.deadline), torch.inference_mode(False), torch.no_grad():
+            with ends_if_hung(self.deadline), torch.inference_mode(False), torch.no_grad():
+                if before is not None:
+                    self._engine.remove_lora(before.lora_int_id)
                 self._engine.add_lora(self._adapter)
-        self._engine.reset_prefix_cache()
+        self._forget_prefixes()
         if self.verify != "off":
             self._compare_adapter(weights.model, tensors, version)
 
     def _compare_adapter(self, model: Any, tensors: Mapping[str, Tensor], version: int) -> None:
-        name = active_adapter(model)
-        expected, ranks = {}, {}
-        for path, layer in layers(model).items():
-            a, b = (tensors[f"{path}.lora_{x}.weight"].to(self.dtype) for x in "AB")
-            short = path.removeprefix("base_model.model.")
-            ranks[short] = a.shape[0]
-            expected[f"{short}.lora_A"], expected[f"{short}.lora_B"] = digest(a), digest(b * layer.scaling[name])
+        assert self.dtype is not None
+        expected, ranks = vllm_adapter.expected(model, tensors, self.dtype)
         (held,) = self._call("lightrft_read_adapter", self._adapter.lora_int_id, ranks)
         if wrong := [n for n, value in expected.items() if held.get(n) != value]:
             raise WeightMismatchError(
@@ -382,7 +399,12 @@ class VLLMRollout(EngineWithCopy):
     @override
     def _end_update(self, version: int) -> None:
         self._call("lightrft_end_update")
-        self._engine.reset_prefix_cache()
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        with ends_if_hung(self.deadline):
+            if not self._engine.reset_prefix_cache():
+                raise EngineError("VLLMRollout: vLLM keeps what it has computed of prompts with the weights before")
 
     @override
     def _read_back(self, wanted: Mapping[str, tuple[int, int]], names: Sequence[str] | None) -> Held:
@@ -393,7 +415,7 @@ class VLLMRollout(EngineWithCopy):
         """Call a method of `WeightSyncWorker` in every worker of this process."""
         if self._engine is None:
             raise RuntimeError("VLLMRollout has no engine yet: call connect(model, tokenizer) first")
-        with _ends_if_hung(self.deadline):
+        with ends_if_hung(self.deadline):
             results: list[Any] = self._engine.collective_rpc(method, args=args)
         return results
 
@@ -402,79 +424,17 @@ class VLLMRollout(EngineWithCopy):
     @override
     def sleep(self, level: int = 1) -> None:
         if self._engine is not None and not self._asleep and torch.cuda.is_available():
-            with memory_reported(f"VLLMRollout.sleep({level})"):
+            self._check_idle("sleep")
+            with memory_reported(f"VLLMRollout.sleep({level})"), ends_if_hung(self.deadline):
                 self._engine.sleep(level)
             self._asleep = True
 
     @override
     def wake_up(self) -> None:
         if self._engine is not None and self._asleep:
-            with memory_reported("VLLMRollout.wake_up()"):
+            with memory_reported("VLLMRollout.wake_up()"), ends_if_hung(self.deadline):
                 self._engine.wake_up()
             self._asleep = False
-
-
-def _check_engine_args(given: Mapping[str, Any]) -> None:
-    vllm = import_extra("vllm", "vllm")
-    known = {field.name for field in dataclasses.fields(vllm.EngineArgs)} - OURS
-    for name in given:
-        if name in OURS:
-            raise ValueError(f"engine_args[{name!r}]={given[name]!r}: VLLMRollout sets this itself, leave it out")
-        if name not in known:
-            raise ValueError(f"engine_args: {unknown_name('argument of vLLM', name, known)}")
-
-
-@contextmanager
-def _ends_if_hung(deadline: float) -> Iterator[None]:
-    """Ends the process, with a traceback, if vLLM's native code has not come back long after the deadline.
-
-    Nothing else can end a call that hangs inside a kernel and holds the interpreter lock.
-    """
-    faulthandler.dump_traceback_later(max(deadline, 0) + HUNG, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-@contextmanager
-def _process_group_kept() -> Iterator[None]:
-    """Closing an engine destroys the default process group, also one that it found, which the trainer still needs."""
-    destroy = dist.destroy_process_group
-    dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group = destroy
-
-
-@contextmanager
-def _quiet(gpu: bool) -> Iterator[None]:
-    """On a CPU, vLLM starts with a dozen warnings that a user can do nothing about."""
-    logger = logging.getLogger("vllm")
-    level = logger.level
-    # At each update it names the tables of rotary embeddings, which no checkpoint holds. What is really missing is
-    # found when the weights are read back.
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if not gpu:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-@contextmanager
-def _threads_kept() -> Iterator[None]:
-    """On a CPU, vLLM sets the number of threads and forbids to set it again: take both back."""
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
 
 
 def _vllm_sampling(sampling: SamplingParams, stream: int, end_ids: Iterable[int] = ()) -> Any:

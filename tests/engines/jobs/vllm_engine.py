@@ -40,6 +40,7 @@ from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 FOLDER = Path(sys.argv[1])
 TOKENIZER = char_tokenizer()
 PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in range(3, 7) for b in range(5, 13)]
+LONG = [[3 + (i * k) % 12 for k in range(1, 51)] for i in range(96)]  # longer than a block of the cache
 ARGS = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}  # 1 GiB takes a second to clear
 
 
@@ -167,11 +168,23 @@ def check_a_prompt_is_computed_once_for_its_completions():
     assert sum(computed) <= 160 + 8 + 8 * 2, computed
 
 
-def check_more_prompts_than_fit_into_a_step():
-    prompts = [[3 + (i * k) % 12 for k in range(1, 51)] for i in range(96)]
-    with engine_of(random_model()) as (engine, _):
-        groups = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=4))
-    assert [len(group) for group in groups] == [4] * 96
+def check_more_prompts_than_fit_into_a_step_or_the_cache():
+    """What vLLM puts off, or begins and has to give up in between, gets the same tokens."""
+    drawn = []
+    for settings in ({}, {"kv_cache_memory_bytes": 6 << 16, "max_num_seqs": 8}):  # 1024 sequences of a few; 6 blocks
+        with engine_of(random_model(), engine_args=settings) as (engine, _):
+            groups = engine.generate(LONG[:: 1 if not settings else 16], SamplingParams(n=4, max_new_tokens=14))
+        drawn.append([[c.token_ids for c in group] for group in groups])
+    assert [len(group) for group in drawn[0]] == [4] * 96
+
+
+def check_two_engines_and_their_ends():
+    a, b = random_model(), changed(random_model())
+    with engine_of(b) as (second, of_b):
+        with engine_of(a) as (first, _):
+            assert greedy_agrees(first, a) and greedy_agrees(second, b)
+        of_b.update_engine_weights(changed(b))
+        assert greedy_agrees(second, b)
 
 
 def check_groups_come_as_they_finish():
@@ -191,8 +204,21 @@ def check_bad_requests_and_deadlines():
         ):
             with pytest.raises(ValueError, match=words):
                 engine.generate(prompts, SamplingParams(max_new_tokens=8))
-        with pytest.raises(ValueError, match=r"temperature=0.005: vLLM would draw at 0.01"):
-            engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, temperature=0.005))
+        for prompts, words in (
+            ([[3], [-1]], "prompt 1 holds token -1"),
+            ([[16]], "prompt 0 holds token 16, the model has embeddings for 16"),
+            ([[3.5]], "prompt 0 holds 3.5, which is no token id"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                engine.generate(prompts, SamplingParams(max_new_tokens=8))
+        for temperature, words in (
+            (0.005, "temperature=0.005: vLLM would draw at 0.01"),
+            (2.5, "temperature=2.5: vLLM takes at most 2"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, temperature=temperature))
+        engine.deadline = float("inf")
+        assert len(engine.generate([np.array(PROMPTS[0])], SamplingParams(max_new_tokens=4))) == 1
         engine.deadline = 1e-4
         with pytest.raises(EngineError, match=r"32 of 32 prompts are not finished after deadline=0.0001 s"):
             engine.generate(PROMPTS, SamplingParams(max_new_tokens=40))
@@ -267,6 +293,54 @@ def check_updates_arrive_in_buckets_of_any_size():
             assert engine.version == version and greedy_agrees(engine, model)
 
 
+def check_nothing_that_was_computed_with_older_weights_is_used():
+    model = random_model()
+    with engine_of(model) as (engine, strategy):
+        for _ in range(2):  # whole blocks of these prompts are kept for the next time
+            for prompt, group in zip(
+                LONG[:4], engine.generate(LONG[:4], SamplingParams(n=2, max_new_tokens=4)), strict=True
+            ):
+                assert all(close(c.logprobs, scored(model, prompt, c.token_ids)) for c in group)
+            strategy.update_engine_weights(changed(model))
+        stream = engine.stream(LONG[:4], SamplingParams(max_new_tokens=14))
+        next(stream)
+        for call in (
+            lambda: strategy.update_engine_weights(model),
+            lambda: engine.generate(PROMPTS, SamplingParams(max_new_tokens=4)),
+        ):
+            with pytest.raises(RuntimeError, match=r"a stream\(\) of this engine is not finished: go"):
+                call()
+        stream.close()
+        strategy.update_engine_weights(changed(model))
+        assert greedy_agrees(engine, model)
+
+
+def check_weights_that_vllm_refuses_are_named_and_nothing_is_drawn_from_half_an_update():
+    model = random_model()
+    engine = VLLMRollout(ARGS)
+    try:
+        engine.connect(model, TOKENIZER)
+        with pytest.raises(RuntimeError, match="it has no weights yet: call update_weights before"):
+            engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
+        weights = list(PolicyWeights(FakeStrategy(), model))
+        short = [(name, tensor[:-1] if "1.mlp.down_proj" in name else tensor) for name, tensor in weights]
+        for sent, words in (
+            (short, r"refuses the weight 'model\.layers\.1\.mlp\.down_proj\.weight' of shape \[127, 384\]"),
+            (
+                [*weights, ("model.other.weight", torch.ones(3))],
+                r"refuses the weight 'model\.other\.weight' of shape \[3\]",
+            ),
+        ):
+            with pytest.raises(ValueError, match=words):
+                engine.update_weights(sent, 1)
+            with pytest.raises(RuntimeError, match="the last update of its weights failed: call update_weights before"):
+                engine.generate(PROMPTS, SamplingParams(max_new_tokens=4))
+        engine.update_weights(weights, 2)
+        assert greedy_agrees(engine, model)
+    finally:
+        engine.close()
+
+
 def check_tied_head_arrives_and_its_loss_is_noticed():
     model = random_model(tie=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -298,21 +372,26 @@ def changed_on_the_way(change):
         yield
 
 
-def check_every_wrong_tensor_is_named():
+def check_every_wrong_or_lost_tensor_is_named():
     model = random_model()
     with engine_of(model) as (_, strategy):
         for wrong in [name for name, _ in PolicyWeights(strategy, model)]:
-            spoiled = lambda name, tensor, wrong=wrong: tensor * 1.001 if name == wrong else tensor  # noqa: E731
-            with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError) as error:
-                strategy.update_engine_weights(changed(model))
-            assert str(error.value).endswith(f"does not hold the trainer's {wrong!r}")
+            for instead in (lambda tensor: tensor * 1.001, lambda tensor: None):
+                spoiled = lambda name, x, wrong=wrong, by=instead: by(x) if name == wrong else x  # noqa: E731
+                with changed_on_the_way(spoiled), pytest.raises(WeightMismatchError) as error:
+                    strategy.update_engine_weights(changed(model))
+                assert str(error.value).endswith(f"does not hold the trainer's {wrong!r}")
 
 
-def check_experts_arrive_in_each_update_and_a_wrong_one_is_named():
+def mixture_of_experts():
     sizes = {"hidden_size": 64, "intermediate_size": 48, "head_dim": 32, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 2, "num_hidden_layers": 2, "num_local_experts": 4}
     config = MixtralConfig(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id, **sizes, **experts)
-    model = MixtralForCausalLM(config).eval()
+    return MixtralForCausalLM(config).eval()
+
+
+def check_experts_arrive_in_each_update_and_a_wrong_one_is_named():
+    model = mixture_of_experts()
     wrong = "model.layers.1.block_sparse_moe.experts.3.w3.weight"  # of a file; in memory they are one tensor
 
     def spoiled(name, tensor):
@@ -328,7 +407,7 @@ def check_experts_arrive_in_each_update_and_a_wrong_one_is_named():
             strategy.update_engine_weights(model)
         with (
             mock.patch("lightrft_lightning.engines._vllm_experts.pack_again"),
-            pytest.raises((WeightMismatchError, RuntimeError), match=r"block_sparse_moe|size of tensor"),
+            pytest.raises((WeightMismatchError, ValueError), match=r"'model\.layers\.\d\.block_sparse_moe"),
         ):
             strategy.update_engine_weights(model)
 
@@ -379,6 +458,29 @@ def check_lora_is_sent_merged_or_as_an_adapter():
             for version in (1, 2):
                 strategy.update_engine_weights(other_adapter(model, 10 + version))
                 assert engine.version == version and greedy_agrees(engine, model)
+
+
+def check_adapters_of_all_kinds():
+    """Of an output head, of the second of two adapters, of what starts from the weights themselves."""
+    kinds = {
+        "head": (random_model(), {"target_modules": ["q_proj", "lm_head"], "r": 9, "use_rslora": True}),
+        "start": (random_model(), {"target_modules": "all-linear", "r": 4, "init_lora_weights": "pissa"}),
+    }
+    for kind, (base, settings) in kinds.items():
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+        if kind == "head":
+            model.add_adapter("second", LoraConfig(target_modules=["lm_head", "o_proj"], r=5, lora_alpha=7))
+            model.set_adapter("second")
+        with engine_of(other_adapter(model, 1), verify="all", lora="adapter") as (engine, strategy):
+            strategy.update_engine_weights(other_adapter(model, 3))
+            assert greedy_agrees(engine, model), kind
+            assert engine._engine.list_loras() == {2}
+    model = get_peft_model(random_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=600))
+    with pytest.raises(ValueError, match=r"LoRA of rank 600: vLLM takes adapters up to rank 512, use lora='merged'"):
+        VLLMRollout(ARGS, lora="adapter").connect(model, TOKENIZER)
+    model = get_peft_model(mixture_of_experts(), LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match="lora='adapter' with a mixture of experts"):
+        VLLMRollout(ARGS, lora="adapter").connect(model, TOKENIZER)
 
 
 def check_an_adapter_update_sends_the_adapter_alone_and_is_verified():
@@ -488,10 +590,27 @@ def check_wrong_engine_arguments_are_refused_before_anything_loads():
     for given, words in (
         ({"max_modle_len": 64}, "unknown argument of vLLM 'max_modle_len'. Did you mean 'max_model_len'"),
         ({"model": "gpt2"}, "engine_args['model']='gpt2': VLLMRollout sets this itself, leave it out"),
+        ({"logprobs_mode": "raw_logits"}, "engine_args['logprobs_mode']='raw_logits': VLLMRollout sets this itself"),
+        ({"pipeline_parallel_size": 2}, "engine_args['pipeline_parallel_size']=2: must be 1"),
+        ({"speculative_config": {"method": "ngram"}}, "log-probabilities of another distribution than"),
     ):
         with pytest.raises(ValueError) as error:
             VLLMRollout(given)
         assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"engine_args\['max_lora_rank'\]=8: VLLMRollout sets this itself"):
+        VLLMRollout({"max_lora_rank": 8}, lora="adapter")
+    for given, words in (
+        ({"load_format": "auto"}, "engine_args['load_format']='auto': the trainer sends the weights, leave it out"),
+        ({"enable_chunked_prefill": True}, "vLLM's CPU build cannot draw with a seed then"),
+        ({"max_model_len": "-x"}, "vLLM refuses: max_model_len='-x': Input should be a valid integer"),
+        (
+            {"max_model_len": 10**6, "hf_token": "secret"},
+            "'hf_token': '...'}: vLLM refuses: User-specified m",
+        ),
+    ):
+        with pytest.raises(ValueError) as error:
+            VLLMRollout(given).connect(random_model(), TOKENIZER)
+        assert words in str(error.value) and "\n" not in str(error.value)
     for settings in (
         {"verify": "some"},
         {"bucket_mb": 0},
