@@ -14,14 +14,13 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+from agreement import PROMPTS, TOKENIZER, check_agreement
 
 from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams, SGLangRollout
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.weight_sync import PolicyWeights, WeightMismatchError
-from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
+from lightrft_lightning.models.tiny import tiny_llama
 
-TOKENIZER = char_tokenizer()
-PROMPTS = [TOKENIZER(f"{a}+{b}=")["input_ids"] for a in (1, 22) for b in (3, 456)]
 SAMPLING = SamplingParams(n=3, max_new_tokens=8, temperature=0.7, seed=5)
 GREEDY = SamplingParams(n=2, max_new_tokens=8, temperature=0.0)
 STRATEGY = FakeStrategy()
@@ -29,24 +28,6 @@ STRATEGY = FakeStrategy()
 
 def model_with(seed=0):
     return tiny_llama(seed=seed, width=32, layers=2)
-
-
-def trainers_logprobs(model, prompt, completion, temperature, top_k=0):
-    """Of the tokens under the distribution that they were drawn from, by a forward pass."""
-    ids = torch.tensor([[*prompt, *completion.token_ids]])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / (temperature or 1.0)
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
-
-
-@torch.no_grad()
-def check_agreement(model, groups, sampling):
-    for prompt, group in zip(PROMPTS, groups, strict=True):
-        assert len(group) == sampling.n
-        for completion in group:
-            expected = trainers_logprobs(model, prompt, completion, sampling.temperature, sampling.top_k)
-            assert completion.logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def tokens(groups):
