@@ -35,18 +35,17 @@ def _end_with_parent() -> None:
     """
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    files: set[str] = set(_load_files("self"))
     for _ in range(ROUNDS):  # those that are being started in the meantime
         others = [pid for pid in _group() if not _tracks(pid)]
+        for pid in ("self", *others):  # first: SGLang may end the leader as soon as another one ends
+            for file in _load_files(pid):
+                Path(file).unlink(missing_ok=True)
         for pid in others:
-            files.update(_load_files(pid))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         if not others:
             break
         time.sleep(0.05)
-    for file in files:
-        Path(file).unlink(missing_ok=True)
     os._exit(0)
 
 
