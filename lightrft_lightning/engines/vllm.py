@@ -346,16 +346,16 @@ class VLLMRollout(EngineWithCopy):
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """As in `EngineWithCopy`; with ``lora="adapter"`` the weights must be `PolicyWeights`."""
         self._check_idle("update_weights")
+        if self.lora == "adapter" and not isinstance(named_tensors, PolicyWeights):
+            raise TypeError(f"lora='adapter' needs PolicyWeights(strategy, model), got {type(named_tensors).__name__}")
         self._unusable = "the last update of its weights failed"
-        if self.lora == "merged":
-            super().update_weights(named_tensors, version)
-        else:
+        if self.lora == "adapter" and isinstance(named_tensors, PolicyWeights):
             self._update_adapter(named_tensors, version)
+        else:
+            super().update_weights(named_tensors, version)
         self._unusable = ""
 
-    def _update_adapter(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        if not isinstance(named_tensors, PolicyWeights):
-            raise TypeError(f"lora='adapter' needs PolicyWeights(strategy, model), got {type(named_tensors).__name__}")
+    def _update_adapter(self, named_tensors: PolicyWeights, version: int) -> None:
         if self._adapter is None:
             base = PolicyWeights(named_tensors.strategy, named_tensors.model, adapter=False)
             super().update_weights(base, version)

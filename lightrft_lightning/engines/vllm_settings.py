@@ -79,7 +79,7 @@ def refusals_in_a_line(given: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ValueError as err:
-        shown = {name: "..." if "token" in name and isinstance(value, str) else value for name, value in given.items()}
+        shown = {name: _shown(name, value) for name, value in given.items()}
         told = "; ".join(_told(one) for one in err.errors()) if hasattr(err, "errors") else str(err)
         raise ValueError(f"engine_args={shown!r}: vLLM refuses: {' '.join(told.split())}") from err
 
@@ -87,4 +87,11 @@ def refusals_in_a_line(given: Mapping[str, Any]) -> Iterator[None]:
 def _told(error: Mapping[str, Any]) -> str:
     """One of pydantic's errors."""
     where = ".".join(map(str, error["loc"]))
-    return f"{where}={error['input']!r}: {error['msg']}" if where else str(error["msg"]).removeprefix("Value error, ")
+    if not where:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}={_shown(where, error['input'])!r}: {error['msg']}"
+
+
+def _shown(name: str, value: Any) -> Any:
+    """The value of an argument, unless it may be a secret: ``hf_token``."""
+    return "..." if "token" in name and isinstance(value, str) else value
