@@ -22,9 +22,8 @@ from lightrft_lightning.engines._client import Hanging, ServerFault, Unreachable
 from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._wire import KEY_VARIABLE
 from lightrft_lightning.engines.base import EngineError, Generation
-from lightrft_lightning.engines.expected_tensors import ExpectedTensors
 from lightrft_lightning.engines.masking import Mask
-from lightrft_lightning.engines.weight_sync import Bucket, EngineWithCopy, PolicyWeights, memory_reported
+from lightrft_lightning.engines.weight_sync import EngineWithCopy, memory_reported
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 
@@ -100,7 +99,6 @@ class ServedRollout(EngineWithCopy):
         self._sent: str | None = None  # the name, at the server, of the weights that it got last
         self._held: str | None = None  # the name of those that it had when it was reached
         self._source: Iterable[tuple[str, Tensor]] | None = None
-        self._expected: ExpectedTensors | None = None  # None: the server looks itself
 
     @property
     def _name(self) -> str:
@@ -387,12 +385,6 @@ class ServedRollout(EngineWithCopy):
             update()
         else:
             self._repeat(update)
-
-    @override
-    def _buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
-        if self.knows_files and isinstance(named_tensors, PolicyWeights):
-            named_tensors = named_tensors.as_in_files()
-        return super()._buckets(named_tensors if self._expected is None else self._expected.checked(named_tensors))
 
     def _restore_weights(self) -> None:
         """Send the current weights to a server that has lost them."""

@@ -30,7 +30,7 @@ from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines._wire import shortened
 from lightrft_lightning.engines.base import EngineError
-from lightrft_lightning.engines.expected_tensors import expected_tensors
+from lightrft_lightning.engines.expected_tensors import ExpectedTensors, expected_tensors
 from lightrft_lightning.engines.masking import open_private
 from lightrft_lightning.engines.sglang_checksums import Changes, Sums, bits, parse_sums, skipped
 from lightrft_lightning.engines.sglang_client import SGLangClient, encoded
@@ -141,6 +141,7 @@ class SGLangRollout(ServedRollout):
         self._digests: dict[str, str] = {}  # of the tensors of this update
         self._before: tuple[dict[str, str], Sums] | None = None  # digests and checksums of the last one
         self._changes: Changes | None = None  # from that one to this one
+        self._expected: ExpectedTensors | None = None
 
     # ---------------------------------------------------------------- life
 
@@ -344,6 +345,10 @@ class SGLangRollout(ServedRollout):
     def _load(self, bucket: Bucket) -> None:
         self._on_rank_0(partial(self._write, dict(bucket)))
 
+    @override
+    def _checked(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        return named_tensors if self._expected is None else self._expected.checked(named_tensors)
+
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         digests = {name: bits(tensor) for name, tensor in tensors.items()} if self.verify == "sample" else {}
         self._digests |= digests
@@ -351,10 +356,9 @@ class SGLangRollout(ServedRollout):
             return self._hand_over(tensors)
         for wave in self._changes.waves(tensors):
             self._hand_over(wave)
-            if fused := self._changes.fused(wave):
-                self._changes.sent({name: digests[name] for name in wave}, self._checksums(fused))
-            else:
-                self._changes.sent({name: digests[name] for name in wave}, {})
+            fused = self._changes.fused(wave)
+            sums = self._checksums(fused) if fused else {}
+            self._changes.sent({name: digests[name] for name in wave}, sums)
 
     def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Have SGLang load a folder that looks like a checkpoint with these tensors."""

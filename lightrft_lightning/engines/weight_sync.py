@@ -307,7 +307,11 @@ class EngineWithCopy(RolloutCallback):
     def _buckets(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Bucket]:
         if self.knows_files and isinstance(named_tensors, PolicyWeights):
             named_tensors = named_tensors.as_in_files()
-        return in_buckets(named_tensors, self.bucket_bytes, self.dtype)
+        return in_buckets(self._checked(named_tensors), self.bucket_bytes, self.dtype)
+
+    def _checked(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """The tensors as they come, for engines that must not get all."""
+        return named_tensors
 
     def _compare_all(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         names: list[str] = []
