@@ -84,8 +84,9 @@ def options(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> li
         ValueError: an unknown name (no abbreviation is taken), two for the same option, or a value that no command line
             can give.
     """
-    known = {_plain(option): action for action in parser._actions for option in action.option_strings}
-    known |= {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    known = {_plain(option): action for action in actions for option in action.option_strings}
+    known |= {action.dest: action for action in actions}
     found: dict[int, str] = {}
     line: list[str] = []
     for given, value in arguments.items():

@@ -23,7 +23,7 @@ class Mask:
     """
 
     def __init__(self, key: str) -> None:
-        quoted = {key, repr(key)[1:-1], json.dumps(key)[1:-1], quote(key, safe="")}
+        quoted = {key, repr(key)[1:-1], json.dumps(key)[1:-1], quote(key), quote(key, safe="")}
         twice = {json.dumps(form)[1:-1] for form in quoted} | {repr(form)[1:-1] for form in quoted}
         forms = sorted(quoted | twice, key=len, reverse=True)
         self.longest = len(forms[0])
