@@ -335,14 +335,14 @@ class ServedRollout(EngineWithCopy):
         numbers = range(len(prompts)) if streams is None else streams
         mine: list[Request] = list(zip(prompts, numbers, images or [()] * len(prompts), strict=True))
         of_ranks: list[list[Request]] = self._gather(mine)
-        for i, (prompt, *_) in enumerate(request for requests in of_ranks for request in requests):
+        everyones = [request for requests in of_ranks for request in requests]
+        for i, (prompt, *_) in enumerate(everyones):
             if len(prompt) == 0 or min(prompt) < 0:
                 wrong = f"holds token {min(prompt)}" if len(prompt) else "is empty"
                 raise ValueError(f"prompt {i} {wrong}: it needs at least one token, and ids from 0 on")
-        if images is None:  # placeholders of images may have ids of their own
-            self.check_ids([prompt for requests in of_ranks for prompt, *_ in requests])  # on all ranks alike
+        self.check_ids([prompt for prompt, *_ in everyones], any(shown for *_, shown in everyones))
         first = sum(map(len, of_ranks[: self._ranks()[0]]))
-        return mine, first, dict(enumerate(request for requests in of_ranks for request in requests))
+        return mine, first, dict(enumerate(everyones))
 
     @override
     def begin(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightrft_lightning.experience.trajectory import Completion, SamplingParams
-from lightrft_lightning.models.tokens import check_ids, embedded_ids, end_ids, prompt_ids
+from lightrft_lightning.models.tokens import check_ids, embedded_ids, end_ids, placeholder_ids, prompt_ids
 
 if TYPE_CHECKING:
     from lightrft_lightning.strategies.base import StrategyBase
@@ -88,14 +88,23 @@ class RolloutEngine(ABC):
     """Ids that end a completion."""
     vocabulary_size: int | None = None
     """How many ids the model has embeddings for, if that is known."""
+    placeholders: frozenset[int] = frozenset()
+    """Ids that stand for images and the like, with an embedding or without."""
 
     def know_tokens(self, model: Any, tokenizer: Any) -> None:
         """Find out which ids end a completion and which there are, of a model or its folder."""
         self.end_ids, self.vocabulary_size = end_ids(model, tokenizer), embedded_ids(model)
+        self.placeholders = placeholder_ids(model)
 
-    def check_ids(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise ValueError if a prompt has an id that the model has no embedding for; before anything is generated."""
-        check_ids(((f"prompt {i}", ids) for i, ids in enumerate(prompts)), self.vocabulary_size, self.tokenizer)
+    def check_ids(self, prompts: Sequence[Sequence[int]], images: bool = False) -> None:
+        """Raise ValueError if a prompt has an id that the model cannot read; before anything is generated.
+
+        Args:
+            prompts: their token ids.
+            images: whether there are some, for which placeholders stand.
+        """
+        named = ((f"prompt {i}", ids) for i, ids in enumerate(prompts))
+        check_ids(named, self.vocabulary_size, self.tokenizer, self.placeholders if images else ())
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts that are given as text, by the engine's own tokenizer."""

@@ -261,8 +261,7 @@ class VLLMRollout(EngineWithCopy):
             raise RuntimeError(f"VLLMRollout: {self._unusable}: call update_weights before generate()")
         self._check(prompts, sampling)
         self._check_idle("generate")
-        if images is None:  # placeholders of images may have ids of their own
-            self.check_ids(prompts)
+        self.check_ids(prompts, images is not None and any(images))
         seen = [()] * len(prompts) if images is None else images
         mine = list(zip(prompts, range(len(prompts)) if streams is None else streams, seen, strict=True))
         first, everyones = 0, mine

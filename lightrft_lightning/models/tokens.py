@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -121,13 +121,38 @@ def embedded_ids(model: Any) -> int | None:
     return size if size is not None else getattr(inner.config.get_text_config(decoder=True), "vocab_size", None)
 
 
-def check_ids(texts: Iterable[tuple[str, Sequence[int]]], size: int | None, tokenizer: Any) -> None:
+OF_TEXT = ("bos", "eos", "pad", "sep", "cls", "mask", "unk", "decoder_start", "forced_bos", "forced_eos")
+"""Ids in a config that stand for themselves."""
+
+
+def placeholder_ids(model: Any) -> frozenset[int]:
+    """Ids that stand for images and the like in the prompts of `model`, or of its folder: some have no embedding."""
+    if not hasattr(model, "config"):
+        from lightrft_lightning.models.loading import load_config
+
+        return frozenset(_placeholders(load_config(model).to_dict()))
+    return frozenset(_placeholders(model.config.to_dict()))
+
+
+def _placeholders(config: Mapping[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        kind, _, what = str(name).rpartition("_token_")
+        if isinstance(value, Mapping) and str(name).endswith("_config"):
+            yield from _placeholders(value)
+        elif what in ("id", "index") and kind not in OF_TEXT and isinstance(value, int):
+            yield value
+
+
+def check_ids(
+    texts: Iterable[tuple[str, Sequence[int]]], size: int | None, tokenizer: Any, besides: Container[int] = ()
+) -> None:
     """Look for token ids that a model with `size` embeddings does not have.
 
     Args:
         texts: what each is, for the message, and its ids.
         size: as `embedded_ids` says.
         tokenizer: to name the token, and to compare with; None: neither.
+        besides: ids that need no embedding.
 
     Raises:
         ValueError: there is one. With a tokenizer that knows more tokens than the model this is so from the first text
@@ -138,7 +163,7 @@ def check_ids(texts: Iterable[tuple[str, Sequence[int]]], size: int | None, toke
     tokenizer = text_tokenizer(tokenizer)
     for where, ids in texts:
         try:
-            wrong = next((i for i in map(operator.index, ids) if not 0 <= i < size), None)
+            wrong = next((i for i in map(operator.index, ids) if not 0 <= i < size and i not in besides), None)
         except TypeError:
             other = next(i for i in ids if not hasattr(i, "__index__"))
             raise ValueError(f"{where} holds {other!r}, which is no token id: give whole numbers") from None

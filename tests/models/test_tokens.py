@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from tiny_models import config_of, random_model
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, Idefics3Config, PreTrainedTokenizerFast
 
 from lightrft_lightning import (
     PromptDataModule,
@@ -19,7 +20,15 @@ from lightrft_lightning import (
     TransformersRollout,
 )
 from lightrft_lightning.models.tiny import char_tokenizer
-from lightrft_lightning.models.tokens import check_ids, embedded_ids, end_ids, prompt_ids, tell_added_ids, turn_end
+from lightrft_lightning.models.tokens import (
+    check_ids,
+    embedded_ids,
+    end_ids,
+    placeholder_ids,
+    prompt_ids,
+    tell_added_ids,
+    turn_end,
+)
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz? "
 TEMPLATE = (
@@ -164,6 +173,17 @@ def test_ids_without_an_embedding_are_refused_before_anything_is_generated():
         with pytest.raises(ValueError, match=f"prompt 1 holds token {ids[1]}.* the model has embeddings for 48"):
             engine.generate([[3], ids], SamplingParams(n=1, max_new_tokens=1))
     fit(SFTModule(model(), tokenizer), [{"prompt": "ab", "answer": "<extra1>"}])  # a larger tokenizer is none
+
+
+def test_placeholders_of_images_need_no_embedding():
+    config = Idefics3Config(image_token_id=99, pad_token_id=70, text_config={"model_type": "llama", "vocab_size": 48})
+    assert placeholder_ids(SimpleNamespace(config=config)) == {99}
+    engine = TransformersRollout()
+    engine.vocabulary_size, engine.placeholders = 48, frozenset({99})
+    engine.check_ids([[3, 99]], images=True)
+    for ids, images in (([3, 99], False), ([3, 70], True)):
+        with pytest.raises(ValueError, match=f"prompt 0 holds token {ids[1]}, the model has embeddings for 48"):
+            engine.check_ids([ids], images)
 
 
 def test_ids_that_only_the_model_has_are_decoded_to_nothing():
