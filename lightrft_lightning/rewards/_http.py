@@ -85,6 +85,11 @@ class Servers:
         for one in urls or [url]:
             if not isinstance(one, str) or not one.startswith(("http://", "https://")):
                 raise ValueError(f"url={one!r}: must begin with http:// or https://")
+            if "@" in one.partition("//")[2].partition("/")[0]:
+                raise ValueError(
+                    "url=...: has a user's name or password in it, which would be saved with checkpoints: give the "
+                    "server a key, and key_env= the name of a variable that holds it"
+                )
         checks = {
             "timeout": (timeout > 0, "above 0"),
             "connect_timeout": (connect_timeout > 0, "above 0"),

@@ -192,6 +192,7 @@ def test_scoring_begins_while_others_are_still_generated(serve, samples):
         ({}, "reward 'remote' needs the option 'url'"),
         ({"url": "localhost:1"}, "url='localhost:1': must begin with http"),
         ({"url": []}, r"url=\[\]: must begin"),
+        ({"url": ["http://x", "https://me:secret@y/z"]}, r"url=\.\.\.: has a user's name or password in it"),
         ({"url": "http://x", "retrys": 1}, "unknown option of reward 'remote' 'retrys'. Did you mean 'retries'"),
         ({"url": "http://x", "retries": -1}, "retries=-1: must be 0 or more"),
         ({"url": "http://x", "batch_size": 0}, "batch_size=0, concurrency=8 must be"),
