@@ -171,6 +171,7 @@ def test_bf16_is_sent_as_bf16(strategy):
         ("/generate", "malformed", "POST /generate: malformed answer, no JSON: '<html>'"),
         ("/generate", "nan", "POST /generate: malformed answer"),
         ("/generate", "short logprobs", r"malformed answer.*token ids and \d log-probabilities"),
+        ("/generate", "nan stop", "SGLang ended a completion with 'NaN happened'"),
         ("/generate", "abort", "SGLang ended a completion with 'abort': out of memory"),
         ("/update_weights_from_disk", "refuse", "status 400: Failed to update weights: no room"),
         ("/flush_cache", "busy", "POST /flush_cache.*status 400: 'Timed out waiting for idle state"),

@@ -136,6 +136,8 @@ class Server:
             samples.pop()
         if kind == "nan":
             samples[0]["meta_info"]["output_token_logprobs"][0][0] = None
+        if kind == "nan stop":
+            samples[0]["meta_info"]["finish_reason"] = {"type": "stop", "matched": "NaN happened"}
         if kind == "abort":
             samples[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "out of memory"}
         if kind == "short logprobs":
