@@ -71,7 +71,7 @@ class ServerProcess:
         end = time.monotonic() + deadline
         while not self._announced.wait(0.05):
             if not self.alive():
-                raise Unreachable(f"the server ended at its start with exit code {self._exit_code()}")
+                raise Unreachable(f"the server ended at its start with exit code {self.exit_code()}")
             if time.monotonic() > end:
                 raise Unreachable(f"the server did not start within deadline={deadline:.3g} s")
         return self._url
@@ -91,7 +91,8 @@ class ServerProcess:
             time.sleep(0.02)
         return False
 
-    def _exit_code(self) -> int:
+    def exit_code(self) -> int:
+        """That of a server that has ended; below 0: the signal that ended it."""
         about = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         assert about is not None
         return about.si_status if about.si_code == os.CLD_EXITED else -about.si_status
@@ -106,7 +107,7 @@ class ServerProcess:
         """End it and the processes that it has started. Idempotent.
 
         It is told first, and alone: a server whose own processes end before it takes that for a fault. They have a
-        moment after it, to clean up.
+        moment after it, to clean up, also if it had to be killed.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -115,7 +116,8 @@ class ServerProcess:
             return
         if self.alive(AT_ONCE):
             self._process.send_signal(signal.SIGTERM)
-            self.alive(GRACE)
+            if self.alive(GRACE):
+                self._process.kill()
         self._reader.join(AT_ONCE)  # until the last of them has closed the pipe
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

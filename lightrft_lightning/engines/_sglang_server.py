@@ -15,6 +15,7 @@ import re
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from typing import Any
 
 ROUNDS = 20
 """How often processes are looked for that have to end, 0.05 s apart."""
+LONGEST = 90
+"""Characters of a folder with sockets in it, whose whole name has 107 at most."""
 NUMBER = re.compile(r"-\d+|-\d*\.\d+")
 """What a parser takes for a value although it begins with ``-``."""
 
@@ -36,41 +39,42 @@ def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     for _ in range(ROUNDS):  # those that are being started in the meantime
-        others = [pid for pid in _group() if not _tracks(pid)]
-        for pid in ("self", *others):  # first: SGLang may end the leader as soon as another one ends
-            for file in _load_files(pid):
-                Path(file).unlink(missing_ok=True)
+        for file in files_in_memory(os.getpgrp()):  # first: SGLang may end the leader as soon as another one ends
+            Path(file).unlink(missing_ok=True)
+        others = [pid for pid in _processes(os.getpgrp()) if pid != os.getpid() and not _tracks(pid)]
         for pid in others:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         if not others:
             break
         time.sleep(0.05)
     os._exit(0)
 
 
-def _group() -> list[str]:
-    """The other processes of this one's group that have not ended; the trainer made it for SGLang alone."""
-    own, found = (str(os.getpid()), str(os.getpgrp())), []
+def _processes(group: int) -> list[int]:
+    """Those of the group that have not ended; the trainer made it for SGLang alone."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-            if (pid := path.parent.name) != own[0] and group == own[1] and state not in "ZX":
-                found.append(pid)
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                found.append(int(path.parent.name))
     return found
 
 
-def _tracks(pid: str) -> bool:
+def _tracks(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return b"resource_tracker" in Path("/proc", pid, "cmdline").read_bytes()
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
-def _load_files(pid: str) -> list[str]:
-    """Files in memory by which SGLang's processes tell each other how much they have to do; it leaves them behind."""
-    with contextlib.suppress(OSError):
-        return re.findall(r"/dev/shm/sglang_loads_\S+", Path("/proc", pid, "maps").read_text())
-    return []
+def files_in_memory(group: int) -> set[str]:
+    """By which processes of SGLang tell each other how much they have to do; it leaves them behind."""
+    found = set()
+    for pid in _processes(group):
+        with contextlib.suppress(OSError):
+            found.update(re.findall(r"/dev/shm/sglang_loads_\S+", Path(f"/proc/{pid}/maps").read_text()))
+    return found
 
 
 def options(arguments: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -130,8 +134,16 @@ def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
+def _leave_sockets_in(folder: Path) -> None:
+    """SGLang never removes the sockets between its processes; there they go with what the trainer gave it."""
+    if len(str(folder)) < LONGEST:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        tempfile.tempdir = str(folder)
+
+
 def main(path: str) -> None:
     """Run the server with the arguments of a JSON file."""
+    _leave_sockets_in(Path(path).with_name("tmp"))
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser(prog="sglang serve")

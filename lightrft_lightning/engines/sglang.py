@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
-import os
 import secrets
 import shutil
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,14 +22,13 @@ from typing_extensions import override
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning._seeds import derive_seed
 from lightrft_lightning.engines._client import Hanging, Refusal, ServerFault, Unreachable, Unsure
-from lightrft_lightning.engines._process import ServerProcess
 from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines._wire import shortened
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.expected_tensors import ExpectedTensors, expected_tensors
-from lightrft_lightning.engines.masking import open_private
 from lightrft_lightning.engines.sglang_checksums import Changes, Sums, bits, parse_sums, skipped
 from lightrft_lightning.engines.sglang_client import SGLangClient, encoded
+from lightrft_lightning.engines.sglang_process import DEFAULTS, OURS, SGLangProcess, free_port
 from lightrft_lightning.engines.weight_sync import (
     Bucket,
     Expected,
@@ -49,18 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OURS = (
-    *("model_path", "host", "port", "api_key", "admin_api_key", "tp_size", "tensor_parallel_size", "load_format"),
-    *("weight_version", "skip_tokenizer_init", "enable_memory_saver", "enable_weights_cpu_backup", "config"),
-)
-"""Engine arguments that follow from the model, the ranks, the weight sync or the sleep level."""
-DEFAULTS = {
-    "mem_fraction_static": 0.3,  # of the GPU's memory: the trainer needs the rest
-    "enable_deterministic_inference": True,  # without it, SGLang ignores the seeds of requests
-    "random_seed": 0,
-    "sleep_on_idle": True,  # otherwise each replica takes a core from the trainer while it waits for requests
-    "trust_remote_code": False,
-}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 KNOWN = ("has_image_understanding", "sampling_mask_max_tokens", "disable_radix_cache", "dp_size")
 """What is kept of what the server tells about itself: its key is among it."""
@@ -154,13 +137,15 @@ class SGLangRollout(ServedRollout):
     @override
     def _reach(self) -> str | None:
         url, patience = self.url, self.deadline if self.url is not None else max(START, self.deadline)
-        end = time.monotonic() + patience
+        end, server = time.monotonic() + patience, None
         if url is None:
-            port = self.port or _free_port()
-            self._server = ServerProcess(self._command(port), self._key, self.log_file)
-            url = f"http://127.0.0.1:{port}"
+            assert self._folder is not None
+            port = self.port or free_port()
+            server = SGLangProcess(self._arguments(port), self._folder.name, self._key, self.log_file)
+            self._server, url = server, f"http://127.0.0.1:{port}"
         self._client = client = SGLangClient(url, self._key)
-        self._wait_until_ready(end)
+        self._wait_until_ready(server, end)
+        end = min(end, time.monotonic() + self.deadline)
         info = client.call("GET", "/server_info", None, end - time.monotonic())
         model = client.call("GET", "/model_info", None, end - time.monotonic())
         self._check_server(url, info)
@@ -170,21 +155,24 @@ class SGLangRollout(ServedRollout):
         self._wake()  # a trainer before may have left it asleep
         return str(info["dtype"])
 
-    def _wait_until_ready(self, end: float) -> None:
-        client = self._of_rank_0()
+    def _wait_until_ready(self, server: SGLangProcess | None, end: float) -> None:
+        client, noted = self._of_rank_0(), server is None
         while True:
             try:
                 client.text("GET", "/ready", None, end - time.monotonic())
-                return
+                break
             except Hanging:
                 raise
             except Unreachable as err:
-                if self._server is None:
+                if server is None:
                     raise
-                if not self._server.alive(0.2):
-                    raise Unreachable("the server ended at its start") from err
+                if not server.alive(0.2):
+                    raise Unreachable(f"the server ended at its start with exit code {server.exit_code()}") from err
                 if time.monotonic() > end:
                     raise Hanging("the server did not start in time") from err
+                noted = noted or server.note_files()
+        if server is not None:
+            server.note_files()  # all of them
 
     def _check_server(self, url: str, info: Mapping[str, Any]) -> None:
         wanted = {1: ("enable_memory_saver", "enable_weights_cpu_backup"), 2: ("enable_memory_saver",)}
@@ -203,11 +191,11 @@ class SGLangRollout(ServedRollout):
                 url,
             )
 
-    def _command(self, port: int) -> list[str]:
-        """The arguments are in a file, because everybody can see those of a command."""
+    def _arguments(self, port: int) -> dict[str, Any]:
+        """Of a server of its own."""
         assert self._folder is not None
         ranks = min(self._ranks()[1], max(1, torch.cuda.device_count()))
-        arguments = {
+        return {
             "dtype": str(getattr(self.strategy, "compute_dtype", torch.float32)).removeprefix("torch."),
             "dp_size": max(1, ranks // self.tensor_parallel_size),
             **DEFAULTS,
@@ -220,10 +208,6 @@ class SGLangRollout(ServedRollout):
             "enable_memory_saver": self.sleep_level > 0,
             "enable_weights_cpu_backup": self.sleep_level == 1,
         }
-        path = Path(self._folder.name, "sglang.json")
-        with open(open_private(path, os.O_WRONLY | os.O_TRUNC), "w") as file:
-            json.dump(arguments, file, indent=1, default=_as_argument)
-        return [sys.executable, str(Path(__file__).with_name("_sglang_server.py")), str(path)]
 
     # ---------------------------------------------------------------- generation
 
@@ -489,16 +473,3 @@ class SGLangRollout(ServedRollout):
             if self.url is None:
                 raise Unsure(str(err)) from err
             raise EngineError(f"{err}. Nobody knows whether the server sleeps now: start it again") from err
-
-
-def _as_argument(value: Any) -> str:
-    """What JSON cannot hold."""
-    if isinstance(value, Path | torch.dtype):
-        return str(value).removeprefix("torch.")
-    raise ValueError(f"engine_args: {value!r} is no argument of a command: give text, a number, a list or a mapping")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
