@@ -261,7 +261,8 @@ class ServedRollout(EngineWithCopy):
             self._hang_up()
             self._reach()
             return time.monotonic() + self.deadline
-        if time.monotonic() + pause > end:
+        # Nobody can say of another's server that hangs whether it will answer the next time.
+        if isinstance(err, Hanging) or time.monotonic() + pause > end:
             raise err
         time.sleep(pause)
         self._reconnect(end - time.monotonic())

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -446,18 +446,20 @@ class SGLangRollout(ServedRollout):
             client.text("POST", f"/flush_cache?timeout={min(FLUSH, self.deadline / 2):g}", None, self.deadline)
         except Refusal as err:
             raise EngineError(f"{err}. Other clients use this server: set sleep_level=0, or have one alone") from err
-        self._once("/pause_generation", {"mode": "retract"})
-        self._once("/release_memory_occupation", {})
-        # On level 2, the weights are not kept, and sent again before anything is generated.
-        self._name_weights((held if level == 1 else f"lost-{secrets.token_hex(8)}") + ASLEEP)
+        with self._once():
+            self._text("/pause_generation", {"mode": "retract"})
+            self._text("/release_memory_occupation", {})
+            # On level 2, the weights are not kept, and sent again before anything is generated.
+            self._name_weights((held if level == 1 else f"lost-{secrets.token_hex(8)}") + ASLEEP)
 
     @override
     def _wake(self) -> None:
         held = self._named()
         if held.endswith(ASLEEP):  # otherwise it was started again, by somebody else
-            self._once("/resume_memory_occupation", {})
-            self._of_rank_0().text("POST", "/continue_generation", {}, self.deadline)
-            self._name_weights(held.removesuffix(ASLEEP))
+            with self._once():
+                self._text("/resume_memory_occupation", {})
+                self._text("/continue_generation", {})
+                self._name_weights(held.removesuffix(ASLEEP))
         else:
             self._held = held
 
@@ -465,10 +467,14 @@ class SGLangRollout(ServedRollout):
         """The name of the server's weights."""
         return str(self._of_rank_0().call("GET", "/model_info", None, self.deadline).get("weight_version"))
 
-    def _once(self, path: str, body: dict[str, Any]) -> None:
-        """A call that ends SGLang if it comes twice: it is not repeated unless the server is a new one."""
+    def _text(self, path: str, body: dict[str, Any]) -> None:
+        self._of_rank_0().text("POST", path, body, self.deadline)
+
+    @contextmanager
+    def _once(self) -> Iterator[None]:
+        """Calls that end SGLang if they come twice: they are not repeated unless the server is a new one."""
         try:
-            self._of_rank_0().text("POST", path, body, self.deadline)
+            yield
         except (Unreachable, ServerFault) as err:
             if self.url is None:
                 raise Unsure(str(err)) from err

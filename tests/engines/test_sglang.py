@@ -203,6 +203,65 @@ def test_a_server_that_dies_in_an_update_gets_all_weights(strategy, engine):
     check_agreement(model_with(4), engine.generate(PROMPTS, SAMPLING), SAMPLING)
 
 
+@pytest.mark.parametrize(
+    ("call", "path"), [("sleep", "/release_memory_occupation"), ("wake_up", "/continue_generation")]
+)
+def test_a_lost_answer_of_sleep_or_wake_up_begins_the_server_anew(engine, call, path):
+    """It may have been done, and SGLang ends if it is done twice."""
+    before, pid = engine.generate(PROMPTS, SAMPLING), engine._server.pid
+    if call == "wake_up":
+        engine.sleep(2)
+    misbehave(engine, path, "lost")
+    getattr(engine, call)()
+    assert engine._server.pid != pid and engine._asleep == (call == "sleep")
+    engine.wake_up()
+    assert engine.generate(PROMPTS, SAMPLING) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "path"),
+    [
+        *(("sleep", path) for path in ("/pause_generation", "/release_memory_occupation", "/update_weight_version")),
+        *(
+            ("wake_up", path)
+            for path in ("/resume_memory_occupation", "/continue_generation", "/update_weight_version")
+        ),
+    ],
+)
+def test_a_lost_answer_of_anothers_server_is_an_error(strategy, engine, call, path):
+    url, headers = engine._client.url, {"Authorization": f"Bearer {engine._key}"}
+    other = SGLangRollout(url=url, key=engine._key, deadline=60.0)
+    strategy.setup_inference_engine(engine_type=other, actor=model_with(), tokenizer=TOKENIZER)
+    if call == "wake_up":
+        other.sleep(2)
+    misbehave(engine, path, "lost")
+    with pytest.raises(EngineError, match=f"POST {path}: .*Nobody knows whether the server sleeps now: start it again"):
+        getattr(other, call)()
+    other.close()
+    if call == "sleep" and path != "/pause_generation":
+        httpx.post(f"{url}/resume_memory_occupation", json={}, headers=headers, timeout=10).raise_for_status()
+    engine._held = engine._before = None
+
+
+def test_a_server_of_anothers_that_hangs_is_an_error_at_the_deadline(strategy, engine):
+    """Once, not after as many deadlines as there are repetitions."""
+    other = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, retries=3)
+    strategy.setup_inference_engine(engine_type=other, actor=model_with(), tokenizer=TOKENIZER)
+    other.deadline = 1.0
+    for path, call in (
+        ("/generate", lambda: other.generate(PROMPTS, SAMPLING)),
+        ("/update_weights_from_disk", lambda: other.update_weights(PolicyWeights(strategy, model_with(1)), 1)),
+    ):
+        misbehave(engine, path, "hang", 99)
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match=f"POST {path}: no complete answer by the deadline, after 1"):
+            call()
+        assert time.monotonic() - begin < 2.5
+        misbehave(engine, path, None, 0)
+    other.close()
+    engine._held = engine._before = None
+
+
 def test_a_wrong_option_is_refused_by_sglang_before_anything_is_loaded(strategy):
     engine = SGLangRollout({"contxt_length": 64}, deadline=60.0)
     with pytest.raises(
@@ -259,9 +318,9 @@ def test_without_sglang_the_extra_is_named(monkeypatch):
 
 
 def test_a_server_that_is_not_there(strategy):
-    from lightrft_lightning.engines.sglang import _free_port
+    from lightrft_lightning.engines.sglang_process import free_port
 
-    engine = SGLangRollout(url=f"http://127.0.0.1:{_free_port()}", key="k", deadline=5.0, retries=1)
+    engine = SGLangRollout(url=f"http://127.0.0.1:{free_port()}", key="k", deadline=5.0, retries=1)
     begin = time.monotonic()
     with pytest.raises(EngineError, match="GET /ready: ConnectError"):
         strategy.setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)

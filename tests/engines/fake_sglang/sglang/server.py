@@ -92,6 +92,8 @@ class Server:
                 answer = handler(body or {}, request.query_params, kind)
             except Fault as err:
                 return JSONResponse({"error": {"message": err.message}}, err.status)
+            if kind == "lost":
+                return Response(headers={"content-length": "5"})  # done, but the connection breaks off
             if self.record:
                 entry = {"method": request.method, "path": path, "query": dict(request.query_params), "body": body}
                 entry["answer"] = None if isinstance(answer, Response) else answer
