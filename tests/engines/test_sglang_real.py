@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Timer
 
 import httpx
 import lightning.pytorch as pl
@@ -15,6 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 from agreement import PROMPTS, TOKENIZER, check_agreement
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training import Record, StopAt, assert_same, weights_of
 
 from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams, SGLangRollout
 from lightrft_lightning.engines.base import EngineError
@@ -87,17 +92,38 @@ def test_too_long_a_prompt_is_refused_in_sglangs_words(engine):
         engine.generate([PROMPTS[0] * 20], SAMPLING)
 
 
-def test_a_deadline_that_passes_leaves_the_server_as_it_was(engine):
-    other = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, retries=0)
-    FakeStrategy().setup_inference_engine(engine_type=other, actor=model_with(), tokenizer=TOKENIZER)
-    before = tokens(other.generate(PROMPTS, SAMPLING))
-    other.deadline = 0.1
-    with pytest.raises(EngineError, match=r"POST /generate: no complete answer by the deadline, after 0\.\d"):
-        other.generate(PROMPTS, SamplingParams(n=8, max_new_tokens=50))
-    other.deadline = 60.0
-    assert tokens(other.generate(PROMPTS, SAMPLING)) == before
-    other.close()
-    engine._held = engine._before = None  # it has had another trainer
+LONG = SamplingParams(n=24, max_new_tokens=50)
+
+
+def leave(engine, how):
+    """Give up a rollout in the middle."""
+    if how == "closed":
+        stream = engine.stream(PROMPTS, LONG)
+        next(stream)
+        stream.close()
+    elif how == "deadline":
+        with pytest.raises(EngineError, match=r"POST /generate: no complete answer by the deadline, after 0\.\d"):
+            engine.generate(PROMPTS, LONG)
+    else:
+        Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, LONG)
+
+
+@pytest.mark.parametrize("how", ["closed", "deadline", "Ctrl-C"])
+def test_a_rollout_that_is_given_up_leaves_the_server_as_it_was(engine, monkeypatch, how):
+    """SGLang looks only every few seconds whether anybody still waits; the next update and rollout do not need that."""
+    pid, before = engine._server.pid, tokens(engine.generate(PROMPTS, SAMPLING))
+    with monkeypatch.context() as patch:
+        if how == "deadline":
+            patch.setattr(engine, "deadline", 0.1)
+            patch.setattr(engine, "retries", 0)
+        leave(engine, how)
+    assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
+    leave(engine, "closed")
+    engine.update_weights(PolicyWeights(STRATEGY, model_with(1)), 1)
+    check_agreement(model_with(1), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+    assert engine._server.pid == pid
 
 
 # -------------------------------------------------------------------- weights
@@ -227,13 +253,15 @@ def test_on_two_ranks(of_ranks, check):
         assert rank[check] == "ok", rank[check]
 
 
-def fit(engine, folder, batches, settings, resume=None, **more):
-    """Trains under a `Trainer`, with a server that runs already, which another trainer has used then."""
-    callback = SGLangRollout(url=engine._client.url, key=engine._key, deadline=60.0, verify="all", **more)
+def fit(engine, folder, settings, *callbacks, batches=4, own=False, resume=None, **more):
+    """Trains under a `Trainer`, with a server that runs already, which another trainer has used then, or its `own`."""
+    elsewhere = {"url": engine._client.url, "key": engine._key, "deadline": 60.0, "verify": "all"}
+    callback = engine if own else SGLangRollout(**elsewhere, **more)
     trainer = pl.Trainer(
-        strategy="lightrft_fake", accelerator="cpu", devices=1, limit_train_batches=4, max_epochs=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[callback],
-        default_root_dir=folder, max_steps=batches,
+        strategy="lightrft_fake", accelerator="cpu", devices=1, max_epochs=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback, *callbacks],
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        default_root_dir=folder, limit_train_batches=batches,
     )  # fmt: skip
     module = RLHFModule(
         rewards=lambda completion: len(set(completion)),
@@ -251,18 +279,25 @@ def fit(engine, folder, batches, settings, resume=None, **more):
 
 @pytest.mark.parametrize("settings", [{}, {"lora": {"r": 4}}], ids=str)
 def test_trains(engine, tmp_path, model_folder, settings):
-    trainer, _, callback = fit(engine, tmp_path, 3, {"model": model_folder, **settings}, drift_limit=1e-3)
+    trainer, _, callback = fit(engine, tmp_path, {"model": model_folder, **settings}, batches=3, drift_limit=1e-3)
     assert callback.version == 3 and float(trainer.callback_metrics["train/mismatch_max"]) < 1e-3
 
 
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(engine, tmp_path, model_folder):
-    settings = {"model": model_folder}
-    _, whole, _ = fit(engine, tmp_path, 4, settings)
-    stopped, *_ = fit(engine, tmp_path, 2, settings)
-    stopped.save_checkpoint(tmp_path / "half.ckpt")
-    _, resumed, _ = fit(engine, tmp_path, 4, settings, tmp_path / "half.ckpt")
-    for name, tensor in whole.actor.state_dict().items():
-        assert torch.equal(tensor, resumed.actor.state_dict()[name]), name
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(engine, tmp_path, model_folder, staleness):
+    check_resumed(engine, tmp_path, {"model": model_folder, "staleness": staleness, "correction": "none"})
+
+
+def check_resumed(engine, tmp_path, settings):
+    staleness, whole, first, rest = settings["staleness"], Record(), Record(), Record()
+    _, expected, undisturbed = fit(engine, tmp_path, settings, whole)
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(engine, tmp_path, settings, first, StopAt(2), saved)
+    _, resumed, callback = fit(engine, tmp_path, settings, rest, resume=tmp_path / "step=2.ckpt")
+    assert resumed.iteration == 4 - staleness and callback.version == undisturbed.version
+    assert first.tokens + rest.tokens == whole.tokens and len(rest.tokens) == 2 - staleness
+    assert {m.get("train/staleness", 0.0) for m in rest.metrics} == {float(staleness)}
+    assert_same(weights_of(resumed), weights_of(expected))
 
 
 # -------------------------------------------------------------------- the stand-in of other tests
@@ -426,26 +461,48 @@ def test_weights_that_would_end_it_are_refused(engine, change, message):
     assert engine._server.pid == pid
 
 
-def test_sleep_waits_for_others_and_others_wait_for_the_end_of_it(engine, monkeypatch):
-    def ask(tokens):
-        body = {"input_ids": [3], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
-        headers = {"Authorization": f"Bearer {engine._key}"}
-        found = httpx.post(f"{engine._client.url}/generate", json=body, timeout=60, headers=headers)
-        return found.json()["meta_info"]["completion_tokens"]
+def ask(engine, limit, number=1):
+    """As another client; returns how many tokens each of its requests got."""
+    body = {"input_ids": [[3]] * number, "sampling_params": {"max_new_tokens": limit, "ignore_eos": True}}
+    return [found["meta_info"]["completion_tokens"] for found in answer(engine, "POST", "/generate", body)[1]]
 
+
+def wait_for_the_begin(engine, asked):
+    """Until SGLang does not empty its cache, as it has something to do."""
+    while answer(engine, "POST", "/flush_cache?timeout=0.01", None)[0] == 200 and not asked.done():
+        pass
+
+
+def test_sleep_waits_for_others_and_others_wait_for_the_end_of_it(engine):
     pid = engine._server.pid
     with ThreadPoolExecutor() as pool:
-        before = pool.submit(ask, 50)
-        time.sleep(0.1)
+        before = pool.submit(ask, engine, 50)
+        wait_for_the_begin(engine, before)
         engine.sleep(1)
-        assert before.result() == 50
-        meanwhile = pool.submit(ask, 2)
+        assert before.result() == [50]
+        meanwhile = pool.submit(ask, engine, 2)
         with pytest.raises(EngineError, match=r"asleep: call wake_up\(\) first"):
             engine.generate(PROMPTS, SAMPLING)
         engine.wake_up()
-        assert meanwhile.result() == 2
+        assert meanwhile.result() == [2]
     assert engine._server.pid == pid
     check_agreement(model_with(), engine.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
+def test_sleep_is_refused_while_others_are_not_done(engine, monkeypatch):
+    """An engine that is not alone stays awake, and is as it was."""
+    before, pid = tokens(engine.generate(PROMPTS, SAMPLING)), engine._server.pid
+    monkeypatch.setattr("lightrft_lightning.engines.sglang.FLUSH", 0.05)
+    with ThreadPoolExecutor() as pool:
+        others = pool.submit(ask, engine, 60, 256)
+        wait_for_the_begin(engine, others)
+        with pytest.raises(EngineError, match="Other clients use this server: set sleep_level=0, or have one alone"):
+            engine.sleep(1)
+        assert others.result() == [60] * 256
+    assert tokens(engine.generate(PROMPTS, SAMPLING)) == before and engine._server.pid == pid
+    engine.sleep(1)
+    engine.wake_up()
+    assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
 
 
 # -------------------------------------------------------------------- the end of the server
@@ -459,10 +516,13 @@ def test_a_server_that_dies_asleep_is_replaced_by_two_replicas(engine, monkeypat
     engine._key, engine.log_file = "-odd 'key\"", tmp_path / "log"
     engine.log_file.write_text("before\n")
     engine.sleep(1)
+    left = {Path(file) for file in engine._server._in_memory}
+    assert left and all(file.exists() for file in left)
     engine._server._process.kill()
     engine.wake_up()
     assert tokens(engine.generate(PROMPTS, SAMPLING)) == before
     assert engine._server.pid != old and engine._info["dp_size"] == 2
+    assert not any(file.exists() for file in left)
     assert {at[0] for at in engine._checksums()} == {0, 1}
     for version in (4, 5):
         engine.update_weights(PolicyWeights(STRATEGY, model_with(version)), version)
