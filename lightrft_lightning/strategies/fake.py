@@ -23,6 +23,8 @@ class FakeStrategy(StrategyBase, SingleDeviceStrategy):
     """
 
     strategy_name = "lightrft_fake"
+    restore_checkpoint_after_setup = False
+    """As in Lightning's strategies for one device, so that `on_fit_start` sees what was saved."""
 
     def __init__(self, *, device: str | torch.device | None = None, **kwargs: Any) -> None:
         super().__init__(device="cpu" if device is None else device, **kwargs)

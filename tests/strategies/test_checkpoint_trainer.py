@@ -185,6 +185,33 @@ def test_hooks_may_change_what_is_saved_and_loaded(straight, tmp_path):
     assert torch.equal(first, torch.arange(3)) and second["x"] == 2 and text == "x" and module.mine["tuple"] == (1, 2)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "lightrft_fake"])
+def test_on_fit_start_sees_what_was_saved(tmp_path, strategy):
+    class Looks(Module):
+        def on_fit_start(self):
+            self.seen = {n: v.clone() for n, v in self.state_dict().items()}
+
+    class Counts(pl.Callback):
+        count = 0
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+        def on_train_batch_end(self, *args):
+            self.count += 1
+
+        def on_fit_start(self, *args):
+            self.seen = self.count
+
+    saved = fit(tmp_path, Looks(), 1, strategy=strategy, callbacks=[Counts()])
+    module, counts = Looks(1), Counts()
+    fit(tmp_path / "rest", module, 2, tmp_path / "last.ckpt", strategy=strategy, callbacks=[counts])
+    assert same(module.seen, saved) and counts.seen == 4
+
+
 def test_weight_averaging(tmp_path):
     def average(where, module, epochs, ckpt_path=None):
         # Lightning's own callback: it swaps the state dict for that of the average.
