@@ -23,7 +23,7 @@ from lightrft_lightning.experience.packing import PackedBatch
 from lightrft_lightning.models.layers import checkpoint_activations
 from lightrft_lightning.models.lora import layers
 from lightrft_lightning.planning.settings import PRECISIONS, Planned
-from lightrft_lightning.strategies.fsdp import blocks
+from lightrft_lightning.strategies.sharding import blocks
 
 
 class _Alive(TorchDispatchMode):

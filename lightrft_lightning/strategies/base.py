@@ -676,6 +676,12 @@ def check_one_scale(further: Sequence[Any]) -> None:
         raise ValueError("a loss through several models cannot be scaled for float16: use bfloat16 or float32")
 
 
+def model_of(item: Any) -> nn.Module | None:
+    """The model in an argument of `prepare`; None if there is none, which `prepare` then says."""
+    model = item[0] if isinstance(item, tuple | list) and item else item
+    return model if isinstance(model, nn.Module) else None
+
+
 def _check_holds(optimizer: Any, model: nn.Module) -> None:
     """Raise ValueError if the optimizer steps nothing of the model: another copy's parameters would get no gradient."""
     held = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]

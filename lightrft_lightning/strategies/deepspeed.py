@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -37,7 +37,7 @@ from lightrft_lightning.strategies._zero_config import (
 from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
 from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
-from lightrft_lightning.strategies.base import _Trained, check_one_scale
+from lightrft_lightning.strategies.base import _Trained, check_one_scale, model_of
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
@@ -235,6 +235,11 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     @property
     def _deepspeed(self) -> Any:
         return start_deepspeed(self.root_device, self.local_rank, self._timeout)
+
+    @override
+    def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
+        _check_apart([*filter(None, map(model_of, models_or_pairs)), *self._zero])
+        return super().prepare(*models_or_pairs, is_rlhf=is_rlhf)
 
     @override
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
@@ -452,6 +457,18 @@ def _counted_if(optimizer: Any, made: Callable[[], bool]) -> Iterator[None]:
         optimizer._on_after_step = count
     if made():
         count()
+
+
+def _check_apart(models: Iterable[nn.Module]) -> None:
+    """Raise ValueError if two models share a trainable parameter: two engines would reduce its gradient."""
+    holders: dict[nn.Parameter, nn.Module] = {}
+    for model in dict.fromkeys(models):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and holders.setdefault(parameter, model) is not model:
+                raise ValueError(
+                    f"{type(holders[parameter]).__name__} and {type(model).__name__} share {name}, of which DeepSpeed "
+                    "can train one model only: put them into one module with one optimizer, or take FSDPV2Strategy"
+                )
 
 
 def _update_scale(scaler: torch.amp.GradScaler, norm: float) -> None:

@@ -9,11 +9,10 @@ import contextlib
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,7 +23,6 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
-    fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
@@ -34,9 +32,21 @@ from typing_extensions import override
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
-from lightrft_lightning.strategies.base import _Trained
+from lightrft_lightning.strategies.base import _Trained, model_of
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
+from lightrft_lightning.strategies.sharding import (
+    Replaced,
+    check_holds_sharded,
+    check_sharded,
+    families,
+    reshard,
+    roots,
+    shard_family,
+    start,
+    trainable_parts,
+    units,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -155,49 +165,76 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         module = self.lightning_module
         assert module is not None
-        for _, part in trainable_parts(module):
-            self._shard(part, trained=any(p.requires_grad for p in part.parameters()))
-        _reshard(module)
-        _check_sharded(module)
+        for family in families(part for _, part in trainable_parts(module)):
+            self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))
+        reshard(module)
+        check_sharded(module)
         self._rest_to_device(module)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                check_holds_sharded(optimizer)
         self.setup_precision_plugin()
 
     # ---------------------------------------------------------------- sharding
 
     @override
+    def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
+        for family in families(filter(None, map(model_of, models_or_pairs))):
+            if len(family) > 1:  # those that share nothing follow one by one
+                pairs = [item for item in models_or_pairs if isinstance(item, tuple | list)]
+                trained = any(model_of(pair) is model and pair[1] is not None for pair in pairs for model in family)
+                known = any(model in self._models and self._models[model].optimizer is not None for model in family)
+                self._shard(family, trained or known)
+        return super().prepare(*models_or_pairs, is_rlhf=is_rlhf)
+
+    @override
     def _wrap(self, model: nn.Module, known: _Trained) -> nn.Module:
-        names = {id(p): name for name, p in model.named_parameters()}
         optimizer = known.optimizer
         if optimizer is not None and optimizer.state and not isinstance(model, FSDPModule):
             raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
-        self._shard(model, trained=optimizer is not None)
+        self._shard([model], trained=optimizer is not None)
         if optimizer is not None:
-            _repoint(optimizer, names, dict(model.named_parameters()))
+            check_holds_sharded(optimizer)
         return model
 
-    def _shard(self, model: nn.Module, trained: bool) -> None:
-        """Shard in place; what the user has sharded stays as it is."""
-        if any(isinstance(m, FSDPModule) for m in model.modules()):
+    def _shard(self, family: Sequence[nn.Module], trained: bool) -> None:
+        """Shard models that share parameters, in place; what the user has sharded stays as it is."""
+        if any(isinstance(m, FSDPModule) for model in family for m in model.modules()):
             return
-        folder = self._source_of(model) if any(p.is_meta for p in model.parameters()) else None
+        if any(isinstance(p, DTensor) for model in family for p in model.parameters()):
+            raise ValueError(
+                f"{type(family[0]).__name__} shares parameters with a model that was prepared before: give prepare() "
+                "all models that share parameters in one call"
+            )
+        folders = {m: self._source_of(m) for m in family if any(p.is_meta for p in m.parameters())}
         settings: dict[str, Any] = {
             "mesh": self._sharding_mesh,
             "mp_policy": self._mixed_precision(),
             "offload_policy": self._offload_policy(),
         }
-        reshard = self.reshard_after_forward or not trained
-        for block in blocks(model):
-            fully_shard(block, reshard_after_forward=reshard, **settings)
+        replaced, again = Replaced(family), self.reshard_after_forward or not trained
         # The root of a trained model is needed first in the backward pass, so freeing it would gather it twice.
-        fully_shard(model, reshard_after_forward=not trained, **settings)
-        if hasattr(model, "generate"):
-            register_fsdp_forward_method(model, "generate")
-        if folder is not None:
-            self._materialize(model, folder)
-        self._rest_to_device(model)
+        root = shard_family(family, again, not trained, **settings)
+        for model in family:
+            if hasattr(model, "generate"):
+                register_fsdp_forward_method(model, "generate")
+            if model in folders:
+                self._materialize(model, folders[model])
+            self._rest_to_device(model)
+            model.register_forward_hook(self._free_if_evaluated)
+        replaced.repoint()
+        if root is not None:
+            start(root)
+
+    def _free_if_evaluated(self, model: nn.Module, *args: Any) -> None:
+        """No backward pass follows, which would free the root: until then its parameters are not the optimizer's."""
+        if not torch.is_grad_enabled() and not self._whole:
+            reshard(model)
+
+    _whole = 0
+    """How many `gathered_parameters` there are around this."""
 
     def _rest_to_device(self, model: nn.Module) -> None:
         """Everything but offloaded parameters."""
@@ -253,16 +290,16 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         steps = accumulation_steps or self.accumulation_steps
         for part, its_optimizer in ((model, optimizer), *further):
             raw = getattr(its_optimizer, "optimizer", its_optimizer)
-            for unit in _units(part):  # gradients travel once, at the last pass
+            for unit in units(part):  # gradients travel once, at the last pass
                 unit.set_requires_gradient_sync(self._pending.get(raw, 0) + 1 >= steps, recurse=False)
         super()._backward(loss, model, optimizer, accumulation_steps, further)
 
     @override
     def _finish_partial_accumulation(self, model: nn.Module) -> None:
-        for unit in _units(model):
+        for unit in units(model):
             unit.set_requires_gradient_sync(True, recurse=False)
         # What FSDP2 does at the end of a backward pass; there is no public name for it.
-        for unit in _roots(model):
+        for unit in roots(model):
             unit._get_fsdp_state()._root_post_backward_final_callback()
 
     @override
@@ -278,33 +315,35 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     @contextlib.contextmanager
     @override
     def gathered_parameters(self, model: nn.Module) -> Iterator[None]:
-        units = list(_units(model))
-        freed = [any(g._reshard_after_forward for g in u._get_fsdp_state()._fsdp_param_groups) for u in units]
-        for unit in units:
+        inside = list(units(model))
+        freed = [any(g._reshard_after_forward for g in u._get_fsdp_state()._fsdp_param_groups) for u in inside]
+        for unit in inside:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
+        self._whole += 1
         try:
             yield
         finally:
-            for unit, flag in zip(units, freed, strict=True):
+            self._whole -= 1
+            for unit, flag in zip(inside, freed, strict=True):
                 unit.reshard()
                 unit.set_reshard_after_forward(flag, recurse=False)
 
     @override
     def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        _reshard(model)
+        reshard(model)
         for name, parameter in super().named_full_tensors(model, names):
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
     @override
     def _weights_in_use(self, model: nn.Module, names: Collection[str]) -> dict[str, FlatTensor]:
-        _reshard(model)
+        reshard(model)
         return super()._weights_in_use(model, names)
 
     @override
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
-        _reshard(model)
-        _reshard(ema)
+        reshard(model)
+        reshard(ema)
         super().moving_average(model, ema, beta)
 
     # ---------------------------------------------------------------- checkpoints
@@ -313,12 +352,12 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     def _optimizer_tensors(
         self, model: nn.Module, optimizer: Optimizer, saved: Mapping[str, TensorInfo] | None = None
     ) -> dict[str, FlatTensor]:
-        _reshard(model)
+        reshard(model)
         return super()._optimizer_tensors(model, optimizer, saved)
 
     @override
     def _optimizer_settings(self, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-        _reshard(model)
+        reshard(model)
         return super()._optimizer_settings(model, optimizer)
 
 
@@ -332,64 +371,3 @@ class _PolicyPrecision(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a model, outermost first: members of a `ModuleList` of one class, e.g. decoder layers."""
-    for child in model.children():
-        members = list(child) if isinstance(child, nn.ModuleList) else []
-        if len(members) > 1 and len({type(m) for m in members}) == 1:
-            yield from (m for m in members if any(True for _ in m.parameters()))
-        else:
-            yield from blocks(child)
-
-
-def trainable_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The submodules with a forward pass of their own that hold parameters, by name; containers are looked into."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from trainable_parts(child, f"{prefix}{name}.")
-        elif any(True for _ in child.parameters()):
-            yield f"{prefix}{name}", child
-
-
-def _check_sharded(module: nn.Module) -> None:
-    """Gradients of a parameter that is not sharded would never be averaged: the ranks would drift apart silently."""
-    loose = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if loose:
-        raise MisconfigurationException(
-            f"trainable parameters that are not sharded: {', '.join(loose[:5])}{' ...' if len(loose) > 5 else ''}. "
-            "Put them into a submodule with a forward method, or shard them in configure_model"
-        )
-
-
-def _repoint(optimizer: Optimizer, names: dict[int, str], parameters: dict[str, nn.Parameter]) -> None:
-    """Let `optimizer` step the sharded parameters in place of those that `fully_shard` replaced."""
-    for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            if not isinstance(parameter, DTensor):
-                if id(parameter) not in names:
-                    raise ValueError(
-                        f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
-                        "pass each optimizer with the model that it was created for"
-                    )
-                group["params"][i] = parameters[names[id(parameter)]]
-
-
-def _reshard(model: nn.Module) -> None:
-    """Free what a forward pass has left gathered: until then the parameters are other objects than the sharded ones."""
-    for unit in _units(model):
-        unit.reshard()
-
-
-def _units(model: nn.Module) -> Iterator[FSDPModule]:
-    return (m for m in model.modules() if isinstance(m, FSDPModule))
-
-
-def _roots(model: nn.Module) -> Iterator[FSDPModule]:
-    """The outermost sharded modules."""
-    if isinstance(model, FSDPModule):
-        yield cast(FSDPModule, model)
-        return
-    for child in model.children():
-        yield from _roots(child)

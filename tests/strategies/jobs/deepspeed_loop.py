@@ -298,6 +298,23 @@ def check_ranks_may_run_unequal_numbers_of_passes_when_gathered():
             assert all(p.numel() == 0 for m in (model, frozen) for p in m.parameters())
 
 
+class Net(nn.Module):
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(8, 1)
+
+
+def check_a_trunk_of_two_models_is_refused():
+    trunk = nn.Linear(8, 8)
+    told = r"^Net and Net share trunk.weight, of which DeepSpeed can train one model"
+    for together in (True, False):
+        s, actor, critic = strategy(2), Net(trunk), Net(trunk)
+        pairs = [(actor, s.create_optimizer(actor)), (critic, s.create_optimizer(critic))]
+        with pytest.raises(ValueError, match=told):
+            for part in [pairs] if together else [pairs[:1], pairs[1:]]:
+                s.prepare(*part)
+
+
 def check_export():
     for stage in STAGES:
         s = strategy(stage)

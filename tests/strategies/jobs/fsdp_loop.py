@@ -305,6 +305,85 @@ def check_weights_are_streamed_into_a_model_built_without_memory():
         s.prepare(bare)
 
 
+class Net(nn.Module):
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.trunk(x)))
+
+
+def pair():
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    return Net(trunk), Net(trunk)
+
+
+def check_models_with_a_common_trunk():
+    """Either may run alone, or both before one backward pass; with optimizers that this package has not made."""
+    results = []
+    for s in (strategy(max_norm=0.0), FakeStrategy(max_norm=0.0)):
+        actor, critic = pair()
+        optimizer, other = torch.optim.SGD(actor.parameters(), 0.1), torch.optim.SGD(critic.head.parameters(), 0.1)
+        s.prepare((actor, optimizer), (critic, other))
+        for i in range(4):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
+            x = x[s.get_rank() :: 2] if s.world_size == 2 else x
+            model, its = (critic, other) if i == 1 else (actor, optimizer)
+            further = ((critic, other),) if i == 3 else ()
+            s.backward(sum(m(x).square().mean() for m, _ in ((model, its), *further)), model, its, further=further)
+            for of, step in ((model, its), *further):
+                s.optimizer_step(step, of, None)
+            optimizer.zero_grad()
+        results.append([p.clone() for model in (actor, critic) for _, p in s.named_full_tensors(model)])
+    for left, right in zip(*results, strict=True):
+        same(left, right.detach())
+
+
+def check_a_common_trunk_in_two_calls_is_refused():
+    s, (actor, critic) = strategy(), pair()
+    s.prepare((actor, s.create_optimizer(actor)))
+    with pytest.raises(ValueError, match=r"^Net shares parameters with a model that was prepared before: give prepare"):
+        s.prepare((critic, s.create_optimizer(critic)))
+
+
+class Blocks(nn.Module):
+    """With one weight in all blocks, one block in all places, or a block's weight in the head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(8, 8)
+        if kind == "weight":
+            for layer in self.layers[1:]:
+                layer[0].weight = self.layers[0][0].weight
+        elif kind == "block":
+            self.layers = nn.ModuleList([self.layers[0]] * 3)
+        else:
+            self.head.weight = self.layers[0][0].weight
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def check_ties_inside_a_model():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for kind in ("weight", "block", "head"):
+        results = []
+        for s in (strategy(max_norm=0.0), FakeStrategy(max_norm=0.0)):
+            torch.manual_seed(0)
+            model, optimizer = trained(s, Blocks(kind))
+            for _ in range(3):
+                s.backward(model(x).square().mean(), model, optimizer)
+                s.optimizer_step(optimizer, model, None)
+            results.append([p.clone() for _, p in s.named_full_tensors(model)])
+        for left, right in zip(*results, strict=True):
+            same(left, right.detach(), 1e-5)
+
+
 def check_refusals():
     with pytest.raises(ValueError, match=r"zpg=3 does not divide the world size 2"):
         strategy(zpg=3)

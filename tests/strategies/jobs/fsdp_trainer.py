@@ -150,6 +150,87 @@ def check_fit_twice_validate_and_test_alone():
     trainer().validate(Plain(), data(), verbose=False)
 
 
+class Tied(Plain):
+    """Two children hold one weight, and not every batch needs both."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(6, 8, bias=False)
+        self.decoder.weight = self.net[0].weight
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch_idx % 2 else loss + self.decoder(batch[0].tanh()).square().mean()
+
+
+class Nested(Plain):
+    """A part of a child is a child too, and called by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.net[0]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.first(batch[0]).square().mean()
+
+
+class Early(Plain):
+    """Its optimizer is older than the shards."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+
+    def configure_optimizers(self):
+        return self.optimizer
+
+
+class Own(Early):
+    """And the Trainer never hears of it."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self):
+        return None
+
+    def training_step(self, batch, batch_idx):
+        self.optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizer.step()
+
+
+class Clamped(Plain):
+    """Changes its weights in place, when a validation and a forward pass of its own have left them gathered."""
+
+    def on_train_epoch_start(self):
+        with torch.no_grad():
+            self.net(torch.ones(1, 6))
+            for parameter in self.parameters():
+                parameter.clamp_(-0.1, 0.1)
+
+
+def check_modules_of_any_habit_train_as_in_one_process():
+    for make in (Tied, Nested, Early, Own, Clamped):
+        t, module = trainer(), make()
+        t.fit(module, data(), data())
+        _, reference = alone(make())
+        for name, value in whole(t, module).items():
+            torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-6, msg=f"{make} {name}")
+
+
+class Stale(Early):
+    """Its optimizer has state from the start, which is not sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = torch.optim.Adagrad(self.parameters())
+
+
+def check_an_optimizer_with_a_state_of_whole_weights_is_refused():
+    with checks.unwatched(), pytest.raises(ValueError, match="Adagrad was made before the weights were sharded"):
+        trainer().fit(Stale(), data())
+
+
 class InferenceMode(pl.Callback):
     """What Lightning does around an evaluation with NCCL; with gloo it takes `no_grad`."""
 
