@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from typing_extensions import override
@@ -20,15 +20,17 @@ from lightrft_lightning.models.layers import decoder_layers
 from lightrft_lightning.models.loading import load_config, load_model, load_tokenizer, with_right_kernel
 from lightrft_lightning.models.remote_code import code_refused
 
+if TYPE_CHECKING:
+    from lightrft_lightning.engines.vllm_hosted import VLLMCopy
+
+HostedEngine: TypeAlias = "TransformersCopy | VLLMCopy"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """In safetensors files. Copied into a weight, a bool or a complex number would become some other number."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def create_hosted(
-    name: str, engine_args: Mapping[str, Any], sleep_level: int = 0
-) -> tuple[EngineWithCopy, dict[str, Any]]:
-    """An engine that is not started yet, and what to tell its `start` besides the folder.
+def create_hosted(name: str, engine_args: Mapping[str, Any], sleep_level: int = 0) -> HostedEngine:
+    """An engine that is not started yet.
 
     Args:
         name: ``vllm`` or ``transformers``.
@@ -40,33 +42,23 @@ def create_hosted(
         ImportError: the engine's package is not installed.
     """
     if name == "transformers":
-        return TransformersCopy(engine_args, sleep_level=sleep_level), {}
-    # Not an argument of the engine's class: there, these are ranks of the training.
-    workers = (
-        {"tensor_parallel_size": engine_args["tensor_parallel_size"]} if "tensor_parallel_size" in engine_args else {}
-    )
-    others = {key: value for key, value in engine_args.items() if key not in workers}
+        return TransformersCopy(engine_args, sleep_level=sleep_level)
     if name == "vllm":
-        from lightrft_lightning.engines.vllm import VLLMRollout
+        from lightrft_lightning.engines.vllm_hosted import VLLMCopy
 
-        return VLLMRollout(others, sleep_level=sleep_level), workers
+        return VLLMCopy(engine_args, sleep_level=sleep_level)
     raise ValueError(unknown_name("engine", name, HOSTED))
 
 
-def load_bucket(engine: EngineWithCopy, path: Path) -> None:
+def load_bucket(engine: HostedEngine, path: Path) -> None:
     """Put the tensors of a safetensors file in place.
 
     Raises:
         ValueError: it is no such file, or holds something else than numbers with a fraction.
     """
-    from lightrft_lightning.engines.vllm import VLLMRollout
-
     try:
         _check_dtypes(path)
-        if isinstance(engine, VLLMRollout):  # its workers may be processes, which tensors cannot be handed to
-            engine._call("lightrft_load", str(path))
-        else:
-            engine._load(list(import_extra("safetensors.torch", "hf").load_file(path).items()))
+        engine.load_file(path)
     except import_extra("safetensors", "hf").SafetensorError as err:
         raise ValueError(f"the weights are no safetensors file: {err}") from err
 
@@ -137,6 +129,10 @@ class TransformersCopy(EngineWithCopy):
     def _check_call(self, *_: Any) -> None:
         if self.check_call is not None:
             self.check_call()
+
+    def load_file(self, path: Path) -> None:
+        """Put the tensors of a safetensors file in place."""
+        self._load(list(import_extra("safetensors.torch", "hf").load_file(path).items()))
 
     @override
     def connect(self, model: Any, tokenizer: Any) -> None:

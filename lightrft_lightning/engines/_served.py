@@ -341,6 +341,8 @@ class ServedRollout(EngineWithCopy):
             if len(prompt) == 0 or min(prompt) < 0:
                 wrong = f"holds token {min(prompt)}" if len(prompt) else "is empty"
                 raise ValueError(f"prompt {i} {wrong}: it needs at least one token, and ids from 0 on")
+        if not self.takes_images and any(shown for *_, shown in everyones):
+            raise ValueError(f"images: {self._name} generates from text only, with this model")
         self.check_ids([prompt for prompt, *_ in everyones], any(shown for *_, shown in everyones))
         first = sum(map(len, of_ranks[: self._ranks()[0]]))
         return mine, first, dict(enumerate(everyones))

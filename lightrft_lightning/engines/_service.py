@@ -19,8 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from lightrft_lightning.engines import _wire as wire
-from lightrft_lightning.engines._hosted import load_bucket
-from lightrft_lightning.engines.weight_sync import EngineWithCopy, folder_in_memory
+from lightrft_lightning.engines._hosted import HostedEngine, load_bucket
+from lightrft_lightning.engines.weight_sync import folder_in_memory
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Hosted:
         weights: name of what the engine holds, a new one after each update; None: what it was started with.
     """
 
-    def __init__(self, engine: EngineWithCopy) -> None:
+    def __init__(self, engine: HostedEngine) -> None:
         self.engine = engine
         self.weights: str | None = None
         self._unusable = ""

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightrft_lightning.engines import _vllm_experts as experts
+from lightrft_lightning.engines.shared_memory import take_name_away
+from lightrft_lightning.engines.vllm_process import quiet_updates
 from lightrft_lightning.engines.weight_sync import Bucket, Held, Part, as_matrix, digest
 
 _PROBES = 512  # columns that are read through a layer at a time
@@ -27,6 +29,13 @@ class WeightSyncWorker:
     vllm_config: Any
     _loaded: set[str] | None
     """Parameters that the model says it has loaded since the update began; None: it does not say."""
+    _names: set[str]
+    """Tensors that have come since then."""
+
+    def lightrft_started(self) -> None:
+        """All workers of the engine have started, as processes of their own."""
+        take_name_away()
+        quiet_updates()
 
     def lightrft_begin_update(self) -> None:
         from vllm.model_executor.model_loader.reload.layerwise import (
@@ -39,7 +48,7 @@ class WeightSyncWorker:
             finalize_layerwise_reload(self.model_runner.get_model(), self.model_config)
             experts.pack_again(self.model_runner.get_model())
             initialize_layerwise_reload(self.model_runner.get_model())
-        self._loaded = set()
+        self._loaded, self._names = set(), set()
 
     def lightrft_load(self, bucket: Bucket | str) -> None:
         """Load tensors, or those of a safetensors file (on a file system in memory)."""
@@ -58,9 +67,14 @@ class WeightSyncWorker:
             name, shape = begun[-1] if begun else ("nothing", [])
             told = str(err).partition(" The available parameters")[0]
             raise ValueError(f"vLLM refuses the weight {name!r} of shape {shape}: {type(err).__name__} {told}") from err
+        self._names.update(name for name, _ in begun)
         self._loaded = None if loaded is None or self._loaded is None else self._loaded | set(loaded)
 
-    def lightrft_end_update(self) -> None:
+    def lightrft_end_update(self) -> list[str]:
+        """Compute with what was loaded; returns the parameters that nothing came for, by the names that they have here.
+
+        Of a fused parameter, those of its parts.
+        """
         from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload
 
         with self._loading():
@@ -68,6 +82,7 @@ class WeightSyncWorker:
         self.model_runner.reset_lora_state()
         self.model_runner.reset_encoder_cache()
         self.model_runner.reset_mm_cache()
+        return list(_unnamed(self.model_runner.get_model(), sorted(self._names), self._loaded or ()))
 
     def lightrft_read_back(self, wanted: Mapping[str, tuple[int, int]], names: Sequence[str] | None) -> Held:
         """See `EngineWithCopy._read_back`."""
@@ -126,8 +141,7 @@ def _target(model: nn.Module, name: str) -> tuple[str, str, Any] | None:
     parent, _, last = path.rpartition(".")
     for fused, members in (getattr(model, "packed_modules_mapping", None) or {}).items():
         if shard is None and last in members and len(members) > 1:
-            where = members.index(last)
-            shard = "qkv"[where] if fused == "qkv_proj" else where
+            shard = _shard(fused, members.index(last))
             path = f"{parent}.{fused}" if parent else fused
     return path, attribute, shard
 
@@ -287,7 +301,23 @@ def _unnamed(model: nn.Module, names: Sequence[str], loaded: Collection[str]) ->
             else:
                 complete = None in shards or len(shards) >= _parts(module, attribute)
             if not complete:
-                yield f"{path}.{attribute}"
+                yield from _lacking(model, path.removesuffix(".base_layer"), attribute, shards or ())
+
+
+def _lacking(model: nn.Module, path: str, attribute: str, shards: Collection[Any]) -> Iterator[str]:
+    """Names of the parts of a parameter that are not among these shards; its own if it has no parts."""
+    parent, _, last = path.rpartition(".")
+    members = (getattr(model, "packed_modules_mapping", None) or {}).get(last, ())
+    if len(members) < 2:
+        yield f"{path}.{attribute}"
+    for i, member in enumerate(members if len(members) > 1 else ()):
+        if _shard(last, i) not in shards:
+            yield f"{parent}.{member}.{attribute}" if parent else f"{member}.{attribute}"
+
+
+def _shard(fused: str, i: int) -> Any:
+    """How vLLM calls the part with this number of a fused parameter."""
+    return "qkv"[i] if fused == "qkv_proj" else i
 
 
 def _parts(module: Any, attribute: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import hmac
 import importlib
 import json
@@ -366,7 +367,7 @@ def main(args: Sequence[str]) -> None:
         take_cpus(parse_cpus(given.cpus))
     key = _key(given.key_file)
     engine_args = _engine_args(given.engine_args)
-    engine, settings = create_hosted(given.engine, engine_args, given.sleep_level)
+    engine = create_hosted(given.engine, engine_args, given.sleep_level)
     listener = _listen(given.host, given.port)
     # SIGTERM, too, must reach the lines that put things in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -375,9 +376,9 @@ def main(args: Sequence[str]) -> None:
     most = given.max_request_mb << 20
     thread, exchange, hosted = EngineThread(), Exchange(room=2 * most), Hosted(engine)
     try:
-        if given.empty_weights:
-            settings["load_format"] = "dummy"
-        thread.submit(engine.start, given.model, **settings).result()  # type: ignore[attr-defined]
+        gc.freeze()  # what is imported is no garbage, which vLLM looks for five times at its start
+        load_format = {"load_format": "dummy"} if given.empty_weights else {}
+        thread.submit(engine.start, given.model, **load_format).result()
         about = {
             "engine": given.engine,
             "engine_version": importlib.import_module(given.engine).__version__,

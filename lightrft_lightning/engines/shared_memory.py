@@ -7,6 +7,7 @@ was killed has left behind would be in the next one's way ("errno: 17").
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from typing import Any
 import torch.distributed as dist
 
 FOLDER = Path("/dev/shm")
+
+
+def take_name_away() -> None:
+    """What the workers of a server share goes with the last of them, however that ends; in one that has started."""
+    if run := os.environ.get("VLLM_DIST_IDENT"):  # vLLM's, of all workers of an engine on a CPU
+        for file in FOLDER.glob(f"{run}-*cpushm*"):
+            file.unlink(missing_ok=True)  # each worker does it
 
 
 @contextlib.contextmanager

@@ -58,9 +58,7 @@ def quiet(gpu: bool) -> Iterator[None]:
     """On a CPU, vLLM starts with a dozen warnings that a user can do nothing about."""
     logger = logging.getLogger("vllm")
     level = logger.level
-    # At each update it names the tables of rotary embeddings, which no checkpoint holds. What is really missing is
-    # found when the weights are read back.
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+    quiet_updates()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if not gpu:
@@ -69,6 +67,14 @@ def quiet(gpu: bool) -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
+
+
+def quiet_updates() -> None:
+    """At each update vLLM names the tables of rotary embeddings, which no checkpoint holds.
+
+    What is really missing is found when the weights are read back.
+    """
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 @contextmanager

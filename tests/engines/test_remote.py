@@ -1,8 +1,7 @@
-"""`RemoteRollout` with real servers: generation, weights, verification, ranks, vLLM."""
+"""`RemoteRollout` with real servers: generation, weights, verification, ranks; with vLLM in test_vllm_hosted.py."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -66,7 +65,7 @@ CPU = min(os.sched_getaffinity(0)) if sys.platform == "linux" else None
 
 @pytest.fixture(scope="module")
 def remote(strategy):
-    engine = Lossy(engine="transformers", deadline=60.0, cpus=None if CPU is None else str(CPU))
+    engine = Lossy(engine="transformers", deadline=60.0, sleep_level=1, cpus=None if CPU is None else str(CPU))
     strategy.setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)
     yield engine
     engine.close()
@@ -151,6 +150,8 @@ def test_prompts_that_the_engine_refuses_are_quoted(remote):
         remote.generate([[5] * 1000], SAMPLING)
     with pytest.raises(ValueError, match="prompt 0 holds token 99, the model has embeddings for 16"):
         remote.generate([[99]], SAMPLING)
+    with pytest.raises(ValueError, match="images: Lossy generates from text only, with this model"):
+        remote.generate([[5], [6]], SAMPLING, images=[[], ["an image"]])
 
 
 def test_two_trainers_on_one_server(remote):
@@ -190,6 +191,24 @@ def test_its_server_computes_on_the_cpus_that_it_is_given(remote):
     assert all(os.sched_getaffinity(thread) == {CPU} for thread in threads)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_fifty_cycles_leave_nothing_behind(strategy, remote):
+    def held():
+        about = Path(f"/proc/{remote._server.pid}")
+        (memory,) = re.findall(r"VmRSS:\s+(\d+)", (about / "status").read_text())
+        return int(memory) / 1024, len(list((about / "fd").iterdir())), len(list(remote._exchange.iterdir()))
+
+    seen, model = [], model_with(width=32)
+    for version in range(1, 51):
+        remote.update_weights(PolicyWeights(strategy, model), version)
+        remote.generate(PROMPTS[:1], SAMPLING)
+        remote.sleep()
+        remote.wake_up()
+        seen.append(held())
+    memory, files, sent = zip(*seen[9:], strict=True)
+    assert memory[-1] < memory[0] + 2 and max(files) <= files[0] + 1 and set(sent) == {1}, seen
+
+
 # ------------------------------------------------------------------------------- several ranks
 
 CHECKS = re.findall(r"^def (check_\w+)", JOB.read_text(), re.M)
@@ -206,36 +225,3 @@ def of_ranks(run_ranks, tmp_path_factory):
 def test_on_two_ranks(of_ranks, check):
     for rank in of_ranks:
         assert rank[check] == "ok", rank[check]
-
-
-# ------------------------------------------------------------------------------- vLLM
-
-
-def test_vllm_behind_a_server(strategy):
-    model = model_with(seed=1, tie=True, width=128)
-    before = copy.deepcopy(model)
-    args = {"enforce_eager": True, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 26}
-    engine = Lossy(engine="vllm", engine_args=args, verify="all", deadline=120.0)
-    try:
-        strategy.setup_inference_engine(engine_type=engine, actor=model, tokenizer=TOKENIZER)
-        greedy = SamplingParams(n=1, max_new_tokens=8, temperature=0.0)
-        first = engine.generate(PROMPTS, greedy)
-        drawn = engine.generate(PROMPTS, SAMPLING)
-        assert [[c.token_ids for c in group] for group in engine.generate(PROMPTS[2:], SAMPLING, [2, 3])] == [
-            [c.token_ids for c in group] for group in drawn[2:]
-        ]
-        with torch.no_grad():
-            model.lm_head.weight.mul_(-1.5)
-        engine.lost = "lm_head.weight"
-        with pytest.raises(WeightMismatchError, match=r"does not hold the trainer's 'lm_head\.weight'$"):
-            strategy.update_engine_weights(model)
-        engine.lost = ""
-        engine._begin_update()
-        engine._load([("model.layers.0.self_attn.q_proj.weight", torch.ones(128, 128))])  # and breaks off here
-        strategy.update_engine_weights(model)
-        second = engine.generate(PROMPTS, greedy)
-    finally:
-        engine.close()
-    for found, expected in ((first, before), (second, model)):
-        for (done,), (own,) in zip(found, in_process(expected, PROMPTS, greedy), strict=True):
-            assert done.token_ids == own.token_ids and done.logprobs == pytest.approx(own.logprobs, abs=1e-3)
