@@ -69,7 +69,9 @@ def warnings():
 @pytest.fixture(scope="module")
 def remote(strategy, warnings, tmp_path_factory):
     """With a server of its own, whose log is on a disk that is full. Of a request's groups it makes two at a time."""
-    engine = Faulty(engine="transformers", engine_args={"max_batch_size": 16}, deadline=60.0, log_file="/dev/full")
+    engine = Faulty(
+        engine="transformers", engine_args={"max_batch_size": 16}, deadline=60.0, sleep_level=1, log_file="/dev/full"
+    )
     engine.failures = tmp_path_factory.mktemp("control") / "failures"
     engine.failures.write_text("0")
     strategy.setup_inference_engine(engine_type=engine, actor=small_model(), tokenizer=TOKENIZER)
@@ -153,6 +155,15 @@ def test_failures_that_stay_end_in_an_error_with_the_servers_last_lines(strategy
     remote.failures.write_text("0")
     remote.update_weights(PolicyWeights(strategy, small_model(seed=3)), 3)
     assert remote.generate(PROMPTS, SHORT)
+
+
+def test_a_server_killed_asleep_is_replaced_and_gets_the_current_weights(remote):
+    before, server, version = remote.generate(PROMPTS, SHORT), remote._server.pid, remote.version
+    remote.sleep()
+    os.kill(server, signal.SIGKILL)
+    remote.wake_up()
+    assert remote.generate(PROMPTS, SHORT) == before and remote.version == version
+    assert gone(server) and not gone(remote._server.pid)
 
 
 def test_two_trainers_on_one_port(remote):

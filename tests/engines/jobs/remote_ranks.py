@@ -9,9 +9,10 @@ import checks
 import pytest
 import torch
 
-from lightrft_lightning import FSDPV2Strategy, SamplingParams
+from lightrft_lightning import DeepspeedStrategy, FSDPV2Strategy, SamplingParams, TransformersRollout
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.remote import RemoteRollout
+from lightrft_lightning.engines.weight_sync import PolicyWeights
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 TOKENIZER = char_tokenizer()
@@ -65,6 +66,21 @@ def check_an_error_of_rank_0_is_everyones():
         ENGINE.generate([[5] * 1000] if RANK == 0 else [], SAMPLING)
     with pytest.raises(ValueError, match="prompt 0 holds token 99"):
         ENGINE.generate([[99]] if RANK == 0 else [], SAMPLING)
+
+
+def check_shards_of_zero_3_arrive():
+    config = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    strategy = DeepspeedStrategy(zero_stage=3, deepspeed_config=config)
+    strategy.setup_distributed()
+    actor = tiny_llama(seed=8, layers=2, width=32)
+    actor = strategy.prepare((actor, strategy.create_optimizer(actor)))[0]
+    ENGINE.update_weights(PolicyWeights(strategy, actor), 2)
+    whole = TransformersRollout()
+    whole.connect(tiny_llama(seed=8, layers=2, width=32), TOKENIZER)
+    for found, expected in zip(ENGINE.generate(PROMPTS, SAMPLING), whole.generate(PROMPTS, SAMPLING), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            assert a.token_ids == b.token_ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    TRAINER.update_engine_weights(ACTOR)
 
 
 def check_a_server_that_hangs_is_replaced_and_gets_the_current_weights():
