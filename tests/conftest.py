@@ -23,7 +23,11 @@ from preloaded import start as preloaded_script
 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
-torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
+# Toy models gain nothing from more, and lose much on a busy machine.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where it is set, each of the hundreds of interpreters would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 settings.register_profile("lightrft", deadline=None)  # a busy machine is no failure
 settings.load_profile("lightrft")
 
