@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,16 +14,20 @@ from lightrft_lightning.planning import Machine, Planned, alternatives, predict
 from lightrft_lightning.planning.predict import build
 
 LLAMA = LlamaConfig(
-    hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
+    hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256,
     vocab_size=8000, tie_word_embeddings=True,
 )  # fmt: skip
 PLANNED = Planned(LLAMA, prompts=2, n=4, prompt_tokens=32, completion_tokens=56, token_budget=256)
 PARAMETERS = sum(p.numel() for p in build(PLANNED).parameters())
 
 
+@functools.cache
+def plan_of(**changes):
+    return predict(replace(PLANNED, **changes))
+
+
 def parts(phase, **changes):
-    plan = predict(replace(PLANNED, **changes))
-    return next(p.parts for p in plan.phases if p.name == phase)
+    return next(p.parts for p in plan_of(**changes).phases if p.name == phase)
 
 
 def test_weights_and_moments_are_those_of_the_real_model():
@@ -62,10 +67,10 @@ def test_recomputed_layers_and_small_passes_need_less():
 
 
 def test_a_critic_has_weights_moments_and_passes():
-    plan = predict(replace(PLANNED, critic=True))
+    plan = plan_of(critic=True)
     assert [phase.name for phase in plan.phases] == ["rollout", "scoring", "training", "step"]
     assert plan.phases[0].parts["other models"] == pytest.approx(12 * PARAMETERS, rel=0.01)
-    assert plan.phases[2].flops == 2 * predict(PLANNED).phases[1].flops
+    assert plan.phases[2].flops == 2 * plan_of().phases[1].flops
 
 
 def test_an_engine_of_its_own_keeps_its_weights_unless_it_sleeps():
@@ -96,11 +101,11 @@ def test_what_is_offloaded_is_away_from_a_gpu_during_rollouts():
 
 
 def test_what_is_said_to_fit_fits():
-    plan = predict(replace(PLANNED, prompts=8, token_budget=2048), Machine(memory=120e6))
+    plan = predict(replace(PLANNED, prompts=8, token_budget=2048), Machine(memory=90e6))
     assert plan.fits is False and "does NOT fit" in plan.summary()
     found = dict(alternatives(plan))
     assert found and all(other.fits and other.peak < plan.peak for other in found.values())
-    assert predict(PLANNED, Machine(memory=1e12)).fits and predict(PLANNED).fits is None
+    assert predict(PLANNED, Machine(memory=1e12)).fits and plan_of().fits is None
 
 
 def test_times_need_a_machine():
@@ -108,7 +113,7 @@ def test_times_need_a_machine():
     rollout, training, _ = plan.phases
     assert plan.seconds(training) == pytest.approx(training.flops / 0.6e12)
     assert plan.seconds(rollout) == pytest.approx(rollout.flops / 0.6e12 + rollout.read / 1e11)
-    assert "s" in plan.summary() and predict(PLANNED).seconds(training) is None
+    assert "s" in plan.summary() and plan_of().seconds(training) is None
 
 
 REAL = """
