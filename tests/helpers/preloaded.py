@@ -15,7 +15,9 @@ from typing import TextIO
 
 _PACKAGES = [
     "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo",
-    "lightning.pytorch", "transformers", "transformers.models.llama.modeling_llama", "deepspeed", "peft", "pytest",
+    "lightning.pytorch", "transformers", "transformers.models.llama.modeling_llama", "transformers.optimization",
+    "transformers.models.auto.modeling_auto", "transformers.modeling_utils", "deepspeed", "deepspeed.runtime.engine",
+    "peft", "pytest",
     "lightrft_lightning", "lightrft_lightning.cli", "lightrft_lightning.strategies.deepspeed",
     "lightrft_lightning.strategies.fsdp", "lightrft_lightning.engines.transformers",
 ]  # fmt: skip
