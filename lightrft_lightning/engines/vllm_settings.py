@@ -78,7 +78,7 @@ def refusals_in_a_line(given: Mapping[str, Any]) -> Iterator[None]:
     """What vLLM has to say against the user's engine arguments is told in one line, together with them."""
     try:
         yield
-    except ValueError as err:
+    except (TypeError, ValueError) as err:  # it compares some arguments before it looks at their types
         shown = {name: _shown(name, value) for name, value in given.items()}
         told = "; ".join(_told(one) for one in err.errors()) if hasattr(err, "errors") else str(err)
         raise ValueError(f"engine_args={shown!r}: vLLM refuses: {' '.join(told.split())}") from err
@@ -94,4 +94,5 @@ def _told(error: Mapping[str, Any]) -> str:
 
 def _shown(name: str, value: Any) -> Any:
     """The value of an argument, unless it may be a secret: ``hf_token``."""
-    return "..." if "token" in name and isinstance(value, str) else value
+    secret = name.partition(".")[0].endswith(("token", "key", "password", "secret"))
+    return "..." if secret and not (value is None or isinstance(value, bool)) else value

@@ -490,6 +490,9 @@ def check_an_adapter_update_sends_the_adapter_alone_and_is_verified():
         with changed_on_the_way(lambda name, tensor: sent.append(name)):
             strategy.update_engine_weights(other_adapter(model, 5))
         assert not sent and greedy_agrees(engine, model)
+        with pytest.raises(TypeError, match=r"lora='adapter' needs PolicyWeights\(strategy, model\), got list"):
+            engine.update_weights([("model.norm.weight", torch.ones(128))], 2)
+        assert greedy_agrees(engine, model), "nothing was sent"
         add = engine._engine.add_lora
         engine._engine.add_lora = lambda request: add(request) and worker_layers(engine)[3].lora_b_stacked[0].mul_(1.01)
         with pytest.raises(WeightMismatchError, match=r"does not hold the trainer's 'model\.layers.*\.lora_B'$"):
@@ -607,10 +610,13 @@ def check_wrong_engine_arguments_are_refused_before_anything_loads():
             {"max_model_len": 10**6, "hf_token": "secret"},
             "'hf_token': '...'}: vLLM refuses: User-specified m",
         ),
+        ({"hf_token": ["secret"]}, "vLLM refuses: hf_token"),
+        ({"max_num_batched_tokens": "many"}, "'max_num_batched_tokens': 'many'}: vLLM refuses: '<' not supported"),
     ):
         with pytest.raises(ValueError) as error:
             VLLMRollout(given).connect(random_model(), TOKENIZER)
         assert words in str(error.value) and "\n" not in str(error.value)
+        assert "secret" not in str(error.value)
     for settings in (
         {"verify": "some"},
         {"bucket_mb": 0},
