@@ -18,8 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning._seeds import derive_seed
-from lightrft_lightning.engines import vllm_adapter
+from lightrft_lightning.engines import vllm_adapter, vllm_requests
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.shared_memory import of_this_run
 from lightrft_lightning.engines.vllm_process import ends_if_hung, groups_kept, process_group_kept, quiet, threads_kept
@@ -42,7 +41,7 @@ from lightrft_lightning.engines.weight_sync import (
     memory_reported,
     merged,
 )
-from lightrft_lightning.experience.trajectory import Completion, FinishReason, SamplingParams
+from lightrft_lightning.experience.trajectory import Completion, SamplingParams
 from lightrft_lightning.models.export import save_without_weights
 from lightrft_lightning.models.loading import load_tokenizer
 
@@ -291,15 +290,19 @@ class VLLMRollout(EngineWithCopy):
         engine, end = self._engine, time.monotonic() + self.deadline
         open_requests: dict[str, int] = {}
         try:
-            for i, (prompt, stream, images) in enumerate(requests):
-                self._requests += 1
-                name = str(self._requests)
-                shown = {"multi_modal_data": {"image": list(images)}} if images else {}
-                (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt), **shown}])
-                engine.add_request(
-                    name, rendered, _vllm_sampling(sampling, stream, self.end_ids), lora_request=self._adapter
-                )
-                open_requests[name] = i
+            with ends_if_hung(self.deadline):
+                for i, (prompt, stream, images) in enumerate(requests):
+                    self._requests += 1
+                    name = str(self._requests)
+                    shown = {"multi_modal_data": {"image": list(images)}} if images else {}
+                    (rendered,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(prompt), **shown}])
+                    engine.add_request(
+                        name,
+                        rendered,
+                        vllm_requests.sampling_params(sampling, stream, self.end_ids),
+                        lora_request=self._adapter,
+                    )
+                    open_requests[name] = i
             while open_requests:
                 if self.check_call is not None:
                     self.check_call()
@@ -312,10 +315,11 @@ class VLLMRollout(EngineWithCopy):
                     outputs = engine.step()
                 for output in outputs:
                     if output.finished:
-                        yield open_requests.pop(output.request_id), _completions(output, sampling)
+                        yield open_requests.pop(output.request_id), vllm_requests.completions(output, sampling)
         finally:
             if open_requests:
-                engine.abort_request(list(open_requests))
+                with ends_if_hung(self.deadline):
+                    engine.abort_request(list(open_requests))
 
     def _check_idle(self, call: str) -> None:
         """Refuse a call between the groups of a stream: that would go on with other weights, and be mixed up."""
@@ -434,51 +438,3 @@ class VLLMRollout(EngineWithCopy):
             with memory_reported("VLLMRollout.wake_up()"), ends_if_hung(self.deadline):
                 self._engine.wake_up()
             self._asleep = False
-
-
-def _vllm_sampling(sampling: SamplingParams, stream: int, end_ids: Iterable[int] = ()) -> Any:
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
-
-    greedy = sampling.temperature == 0
-    return VLLMSamplingParams(
-        n=1 if greedy else sampling.n,  # greedy completions are all the same
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=1.0 if greedy else sampling.top_p,
-        top_k=0 if greedy else sampling.top_k,
-        stop=list(sampling.stop),
-        stop_token_ids=sorted(end_ids),
-        include_stop_str_in_output=True,
-        detokenize=bool(sampling.stop),
-        seed=None if greedy else derive_seed(sampling.seed, stream),  # vLLM adds the number of the sample
-        logprobs=0,  # of the sampled token only
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _completions(output: Any, sampling: SamplingParams) -> list[Completion]:
-    """A finished request's completions.
-
-    Raises:
-        EngineError: too few of them, or one without its log-probabilities.
-    """
-    drawn = sorted(output.outputs, key=lambda sample: sample.index)
-    wanted = sampling.n if sampling.temperature else 1
-    if len(drawn) != wanted:
-        raise EngineError(f"VLLMRollout: asked for {wanted} completions, vLLM returned {len(drawn)}")
-    return [_completion(sample) for sample in drawn] * (sampling.n // wanted)
-
-
-def _completion(sample: Any) -> Completion:
-    ids = tuple(sample.token_ids)
-    if not ids or sample.logprobs is None or len(sample.logprobs) != len(ids):
-        raise EngineError(
-            f"VLLMRollout: a completion of {len(ids)} tokens came with "
-            f"{len(sample.logprobs or ())} log-probabilities (finish reason {sample.finish_reason!r})"
-        )
-    logprobs = tuple(float(at[token].logprob) for token, at in zip(ids, sample.logprobs, strict=True))
-    if sample.finish_reason not in ("stop", "length"):
-        raise EngineError(f"VLLMRollout: a completion ended with {sample.finish_reason!r}")
-    reason: FinishReason = "length" if sample.finish_reason == "length" else "eos"
-    return Completion(ids, logprobs, "stop" if isinstance(sample.stop_reason, str) else reason)

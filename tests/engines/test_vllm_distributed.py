@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -50,11 +49,26 @@ def test_in_real_processes(results, job, check):
         assert rank[check] == "ok", rank[check]
 
 
-def test_a_call_that_hangs_ends_the_process_with_its_place(run_ranks, tmp_path):
-    env = {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
-    start = time.monotonic()
-    (result,) = run_ranks(
-        FOLDER / "vllm_hangs.py", tmp_path, world_size=1, timeout=120, env=env, check=False, preloaded=False
-    )
-    assert result.returncode == 1 and time.monotonic() - start < 90
-    assert "Timeout (0:00:0" in result.stderr and "engines/vllm.py" in result.stderr.replace("\\", "/")
+HANGS = {
+    "start": "start", "request": "_run", "generate": "_run", "update": "_call", "end_of_update": "_forget_prefixes",
+    "verify": "_call", "sleep": "sleep", "wake_up": "wake_up", "close": "close",
+}  # fmt: skip
+"""Phases of jobs/vllm_hangs.py, and the method of `VLLMRollout` in which each hangs."""
+
+
+@pytest.fixture(scope="module")
+def hung(run_ranks, tmp_path_factory):
+    """The folder with the output of each phase, and their exit codes."""
+    folder, env = tmp_path_factory.mktemp("hung"), {"PYTHONPATH": str(FOLDER.parents[1] / "strategies" / "jobs")}
+    options = {"world_size": 1, "timeout": 120, "env": env, "preloaded": False}
+    (result,) = run_ranks(FOLDER / "vllm_hangs.py", folder, **options)
+    return folder, json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("phase", HANGS)
+def test_a_call_that_hangs_ends_the_process_with_its_place(hung, phase):
+    folder, codes = hung
+    output = (folder / f"phase_{phase}").read_text()
+    assert codes[f"phase_{phase}"] == 1 and "Timeout (0:00:0" in output
+    assert re.search(rf'engines.vllm\.py", line \d+ in {HANGS[phase]}$', output, re.M), output
+    assert len(codes) == len(HANGS)
