@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import logging
 import numbers
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -64,6 +67,8 @@ def import_extra(module: str, extra: str) -> ModuleType:
         ImportError: with the `pip install` line that fixes it.
     """
     try:
+        if module.partition(".")[0] in ("bitsandbytes", "peft"):  # which imports the other
+            _import_bitsandbytes()
         return importlib.import_module(module)
     except ModuleNotFoundError as err:
         if err.name is None or err.name.split(".")[0] != module.split(".")[0]:
@@ -72,3 +77,20 @@ def import_extra(module: str, extra: str) -> ModuleType:
             f"this needs the package {module.split('.')[0]!r}, which is not installed. "
             f'Install it with: pip install "lightrft-lightning[{extra}]"'
         ) from err
+
+
+def _import_bitsandbytes() -> None:
+    """Import it, if it is installed, as if `kernels` were not: it would load code from a hub with it, and run that."""
+    if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
+        return
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels, level = sys.modules.get("kernels"), logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logger.setLevel(logging.ERROR)  # it warns of what it has not found
+    try:
+        importlib.import_module("bitsandbytes")
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import numpy
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from training import PROMPTS, even_digits, make_data, make_module, make_trainer
 
 from lightrft_lightning import PromptDataModule, RewardModule, RLHFModule, SamplingParams, SFTModule
-from lightrft_lightning._errors import check_types
+from lightrft_lightning._errors import check_types, import_extra
 from lightrft_lightning.critic import Critic
 
 RLHF, SFT = partial(RLHFModule, "tiny-llama", even_digits), partial(SFTModule, "tiny-llama")
@@ -60,3 +61,14 @@ def test_a_loader_without_tokens_and_callbacks_that_search_are_refused(tmp_path)
     for search in (BatchSizeFinder(), LearningRateFinder()):
         with pytest.raises(ValueError, match=f"{type(search).__name__} works with automatic optimization only"):
             make_trainer(tmp_path, callbacks=[search]).fit(make_module(), make_data())
+
+
+def test_bitsandbytes_finds_nothing_at_its_import_that_would_load_code_from_a_hub(tmp_path, monkeypatch):
+    (tmp_path / "bitsandbytes.py").write_text("try:\n    import kernels\nexcept ImportError:\n    kernels = None\n")
+    (tmp_path / "kernels.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("bitsandbytes", "kernels"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that what is imported goes at the end
+        monkeypatch.delitem(sys.modules, name)
+    assert import_extra("bitsandbytes", "bitsandbytes").kernels is None
+    assert import_extra("kernels", "hf").__name__ == "kernels", "others find it"
