@@ -231,10 +231,13 @@ class ServedRollout(EngineWithCopy):
         return value  # type: ignore[no-any-return]
 
     def _with_last_lines(self, err: EngineError) -> EngineError:
+        told = f"{self._name}({self.engine!r}): "
+        if str(err).startswith(told):  # by an inner call
+            return err
         lines = self._server.last_lines() if self._server is not None else []
-        told = "".join(f"\n    {line}" for line in lines)
-        told = f"\nThe last lines of the server's output:{told}" if told else ""
-        message = self._mask(f"{self._name}({self.engine!r}): {err}{told}")
+        printed = "".join(f"\n    {line}" for line in lines)
+        printed = f"\nThe last lines of the server's output:{printed}" if printed else ""
+        message = self._mask(f"{told}{err}{printed}")
         return type(err)(message).with_traceback(err.__traceback__)
 
     def _of_rank_0(self) -> Any:
