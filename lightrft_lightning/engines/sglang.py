@@ -26,7 +26,7 @@ from lightrft_lightning.engines._served import START, Request, ServedRollout
 from lightrft_lightning.engines._wire import shortened
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.expected_tensors import ExpectedTensors, expected_tensors
-from lightrft_lightning.engines.sglang_checksums import Changes, Sums, bits, parse_sums, skipped
+from lightrft_lightning.engines.sglang_checksums import Changes, Digests, Sums, fingerprints, parse_sums, skipped
 from lightrft_lightning.engines.sglang_client import SGLangClient, encoded
 from lightrft_lightning.engines.sglang_process import DEFAULTS, OURS, SGLangProcess, free_port
 from lightrft_lightning.engines.weight_sync import (
@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-KNOWN = ("has_image_understanding", "sampling_mask_max_tokens", "disable_radix_cache", "dp_size")
+KNOWN = ("has_image_understanding", "sampling_mask_max_tokens", "disable_radix_cache", "dp_size", "tp_size")
 """What is kept of what the server tells about itself: its key is among it."""
+CHECKSUM = {"action": "checksum", "selector": "target"}
 ASLEEP = "/asleep"
 """Behind the name of weights: a trainer that finds it there must wake the server, which cannot be asked."""
 FLUSH = 60.0
@@ -121,8 +122,8 @@ class SGLangRollout(ServedRollout):
             import_extra("sglang", "sglang")
         self.tensor_parallel_size, self.exchange = tensor_parallel_size, exchange
         self._info: dict[str, Any] = {}
-        self._digests: dict[str, str] = {}  # of the tensors of this update
-        self._before: tuple[dict[str, str], Sums] | None = None  # digests and checksums of the last one
+        self._digests: dict[str, Digests] = {}  # of the tensors of this update
+        self._before: tuple[dict[str, Digests], Sums] | None = None  # digests and checksums of the last one
         self._changes: Changes | None = None  # from that one to this one
         self._expected: ExpectedTensors | None = None
 
@@ -183,6 +184,11 @@ class SGLangRollout(ServedRollout):
             raise EngineError(
                 f"{url}: its data type is {info.get('dtype')!r}: start SGLang with --dtype and one of "
                 f"{', '.join(DTYPES)}, so that weights can be sent and verified in it"
+            )
+        if int(info.get("pp_size") or 1) > 1:
+            raise EngineError(
+                f"{url}: pp_size={info['pp_size']}: processes of later stages do not say what they hold: start SGLang "
+                "with --tp-size or --dp-size alone"
             )
         if not info.get("enable_deterministic_inference"):
             log.warning(
@@ -322,6 +328,7 @@ class SGLangRollout(ServedRollout):
         self._name_weights(f"incomplete-{secrets.token_hex(8)}")
 
     def _name_weights(self, name: str) -> None:
+        self._held = None  # nobody knows before it is answered
         self._post("/update_weight_version", {"new_version": name, "abort_all_requests": False})
         self._held = name
 
@@ -334,7 +341,7 @@ class SGLangRollout(ServedRollout):
         return named_tensors if self._expected is None else self._expected.checked(named_tensors)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
-        digests = {name: bits(tensor) for name, tensor in tensors.items()} if self.verify == "sample" else {}
+        digests = self._fingerprints(tensors) if self.verify == "sample" else {}
         self._digests |= digests
         if self._changes is None:
             return self._hand_over(tensors)
@@ -343,6 +350,14 @@ class SGLangRollout(ServedRollout):
             fused = self._changes.fused(wave)
             sums = self._checksums(fused) if fused else {}
             self._changes.sent({name: digests[name] for name in wave}, sums)
+
+    def _fingerprints(self, tensors: Mapping[str, Tensor]) -> dict[str, Digests]:
+        ranks = self._processes()
+        return {name: fingerprints(tensor, ranks, self.vocabulary_size) for name, tensor in tensors.items()}
+
+    def _processes(self) -> int:
+        """Of a replica."""
+        return int(self._info.get("tp_size") or 1)
 
     def _hand_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Have SGLang load a folder that looks like a checkpoint with these tensors."""
@@ -353,6 +368,8 @@ class SGLangRollout(ServedRollout):
             safetensors.save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
             body = {"model_path": str(folder), "load_format": "safetensors", "flush_cache": False}
             self._post("/update_weights_from_disk", body)
+            if self._processes() > 1:  # the first one has answered, others may still have to read
+                self._post("/weights_checker", {**CHECKSUM, "skip_tensor_list": [""]})  # which waits for all
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -419,7 +436,7 @@ class SGLangRollout(ServedRollout):
 
     def _checksums(self, wanted: Collection[str] | None = None) -> Sums:
         """Of all tensors, or at least of the wanted ones."""
-        body: dict[str, Any] = {"action": "checksum", "selector": "target"}
+        body: dict[str, Any] = dict(CHECKSUM)
         if wanted is not None:
             assert self._changes is not None
             body["skip_tensor_list"] = skipped(wanted, self._changes.names)

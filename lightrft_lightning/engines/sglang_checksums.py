@@ -42,6 +42,30 @@ def bits(tensor: Tensor) -> str:
     return hashlib.blake2b(plain.tobytes(), digest_size=16).hexdigest()
 
 
+PADDING = 64
+"""Rows by which SGLang may lengthen each process's part of the vocabulary."""
+
+Digests = tuple[str, ...]
+"""Of a tensor and its parts, see `fingerprints`."""
+
+
+def fingerprints(tensor: Tensor, ranks: int, vocabulary: int | None) -> Digests:
+    """Of the parts that processes may hold; all of them change if the tensor changes in every process for sure.
+
+    Args:
+        tensor: split by SGLang along one of its first two dimensions, or not at all.
+        ranks: processes of a replica.
+        vocabulary: rows of a tensor whose parts are padded, so that nobody knows where they begin and end.
+    """
+    if ranks == 1:
+        return (bits(tensor),)
+    parts = [part for dim in range(min(tensor.dim(), 2)) for part in tensor.tensor_split(ranks, dim)]
+    if tensor.dim() and len(tensor) == vocabulary:
+        rows = len(tensor) // ranks
+        parts += [tensor[k * (rows + PADDING) : (k + 1) * rows] for k in range(ranks)]  # surely in the k-th
+    return tuple(map(bits, parts or [tensor]))
+
+
 def held_as(name: str) -> str:
     """SGLang's name of what holds a tensor of a checkpoint."""
     for member, fused in FUSED.items():
@@ -67,11 +91,11 @@ class Changes:
     Two parts of a fused tensor are never sent at the same time, or one that is lost would hide behind the other.
 
     Args:
-        digests: of the tensors of the update before, see `bits`.
+        digests: of the tensors of the update before.
         sums: after it.
     """
 
-    def __init__(self, digests: Mapping[str, str], sums: Sums) -> None:
+    def __init__(self, digests: Mapping[str, Digests], sums: Sums) -> None:
         self._digests, self._sums = digests, dict(sums)
         self._places: dict[str, list[tuple[int, int, str]]] = {}
         for place in sums:
@@ -79,6 +103,7 @@ class Changes:
         self.names = self._places.keys()
         self._fused = {name for name in digests if held_as(name) != name and held_as(name) in self.names}
         self._changed: set[str] = set()
+        self._everywhere: set[str] = set()  # changed in each process, whatever part it holds
         self.wrong: set[str] = set()
         """Names, as SGLang has them, of what does not hold what was sent."""
 
@@ -97,23 +122,34 @@ class Changes:
         """What holds the parts in it, the checksums of which are to be looked at now."""
         return {held_as(name) for name in wave if name in self._fused}
 
-    def sent(self, digests: Mapping[str, str], fused: Sums) -> None:
+    def sent(self, digests: Mapping[str, Digests], fused: Sums) -> None:
         """Note what was sent, and the checksums of what `fused` named."""
-        changed = {held_as(name) for name, value in digests.items() if self._digests.get(name) != value}
+        changed, everywhere = set(), set()
+        for name, value in digests.items():
+            before = self._digests.get(name)
+            if value != before:
+                changed.add(held_as(name))
+            if before is None or all(now != then for now, then in zip(value, before, strict=True)):
+                everywhere.add(held_as(name))
         held = {held_as(name) for name in digests if name in self._fused}
-        self._compare(held, changed, fused)
+        self._compare(held, changed, everywhere, fused)
         self._sums |= {place: value for place, value in fused.items() if place[2] in held}
         self._changed |= changed - held
+        self._everywhere |= everywhere - held
 
-    def finish(self, digests: Mapping[str, str], sums: Sums) -> None:
+    def finish(self, digests: Mapping[str, Digests], sums: Sums) -> None:
         """Look at the checksums of everything in the end."""
         held = {held_as(name) for name in digests}
-        self._compare(held & self.names, self._changed, sums)
+        self._compare(held & self.names, self._changed, self._everywhere, sums)
 
-    def _compare(self, held: Collection[str], changed: Collection[str], sums: Sums) -> None:
+    def _compare(
+        self, held: Collection[str], changed: Collection[str], everywhere: Collection[str], sums: Sums
+    ) -> None:
         for name in held:
-            moved: dict[int, bool] = {}  # a process may hold a part of a tensor in which nothing has changed
+            moved: dict[int, list[bool]] = {}
             for place in self._places[name]:
-                moved[place[0]] = moved.get(place[0], False) or sums.get(place) != self._sums[place]
-            if set(moved.values()) != {name in changed}:
+                moved.setdefault(place[0], []).append(sums.get(place) != self._sums[place])
+            # A process may hold a part of a tensor in which nothing has changed.
+            must = all if name in everywhere else any
+            if {must(of_replica) for of_replica in moved.values()} != {name in changed}:
                 self.wrong.add(name)

@@ -20,6 +20,7 @@ from lightrft_lightning.engines.masking import open_private
 OURS = (
     *("model_path", "host", "port", "api_key", "admin_api_key", "tp_size", "tensor_parallel_size", "load_format"),
     *("weight_version", "skip_tokenizer_init", "enable_memory_saver", "enable_weights_cpu_backup", "config"),
+    *("pp_size", "pipeline_parallel_size", "nnodes", "node_rank"),  # 1: later stages do not say what they hold
 )
 """Engine arguments that follow from the model, the ranks, the weight sync or the sleep level."""
 DEFAULTS = {

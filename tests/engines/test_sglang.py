@@ -251,13 +251,23 @@ def test_a_server_of_anothers_that_hangs_is_an_error_at_the_deadline(strategy, e
     for path, call in (
         ("/generate", lambda: other.generate(PROMPTS, SAMPLING)),
         ("/update_weights_from_disk", lambda: other.update_weights(PolicyWeights(strategy, model_with(1)), 1)),
+        ("/update_weight_version", lambda: other.update_weights(PolicyWeights(strategy, model_with(1)), 1)),
     ):
         misbehave(engine, path, "hang", 99)
         begin = time.monotonic()
-        with pytest.raises(EngineError, match=f"POST {path}: no complete answer by the deadline, after 1"):
+        with pytest.raises(EngineError, match=f"POST {path}: no complete answer by the deadline, after 1") as caught:
             call()
+        assert str(caught.value).count("SGLangRollout('sglang')") == 1
         assert time.monotonic() - begin < 2.5
         misbehave(engine, path, None, 0)
+    httpx.post(
+        f"{engine._client.url}/update_weight_version",
+        json={"new_version": "late"},
+        timeout=10,
+        headers={"Authorization": f"Bearer {engine._key}"},
+    ).raise_for_status()  # what it was told comes about, when nobody waits any more
+    other.deadline = 60.0
+    check_agreement(model_with(1), other.generate(PROMPTS, SAMPLING), SAMPLING)
     other.close()
     engine._held = engine._before = None
 
@@ -274,6 +284,7 @@ def test_a_wrong_option_is_refused_by_sglang_before_anything_is_loaded(strategy)
     ("arguments", "message"),
     [
         ({"engine_args": {"tp_size": 2}}, r"engine_args\['tp_size'\]=2: SGLangRollout sets this itself"),
+        ({"engine_args": {"pp_size": 2}}, r"engine_args\['pp_size'\]=2: SGLangRollout sets this itself"),
         ({"engine_args": {"api-key": "x"}}, r"engine_args\['api-key'\]='x': SGLangRollout sets this itself"),
         ({"tensor_parallel_size": 0}, r"tensor_parallel_size=0\): must be at least 1"),
         ({"exchange": "/nowhere"}, "exchange='/nowhere'.*no such folder"),
@@ -291,6 +302,7 @@ def test_bad_arguments_are_quoted(arguments, message):
 @pytest.mark.parametrize(
     ("settings", "info", "message"),
     [
+        ({}, {"dtype": "float32", "pp_size": 2}, "http://a: pp_size=2: .* with --tp-size or --dp-size alone"),
         ({}, {"dtype": "auto"}, "http://a: its data type is 'auto': start SGLang with --dtype and one of float32"),
         (
             {"sleep_level": 1},

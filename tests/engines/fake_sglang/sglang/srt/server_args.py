@@ -10,8 +10,8 @@ FLAGS = (
 )  # fmt: skip
 VALUES = {
     "sampling-mask-max-tokens": 4096, "mem-fraction-static": 0.9, "random-seed": 0, "context-length": 256,
-    "dp-size": 1, "tp-size": 1, "dtype": "auto", "model-path": "", "load-format": "auto", "host": "127.0.0.1",
-    "port": 30000, "api-key": "",
+    "dp-size": 1, "tp-size": 1, "pp-size": 1, "model-path": "", "load-format": "auto", "host": "127.0.0.1",
+    "port": 30000, "api-key": "", "dtype": "auto",
 }  # fmt: skip
 
 
