@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
+from threading import Timer, current_thread
 
 import httpx
 import lightning.pytorch as pl
@@ -266,10 +267,7 @@ def fit(engine, folder, settings, *callbacks, batches=4, own=False, resume=None,
     module = RLHFModule(
         rewards=lambda completion: len(set(completion)),
         tokenizer=TOKENIZER,
-        sampling=SAMPLING,
-        seed=0,
-        lr=1e-3,
-        **settings,
+        **{"sampling": SAMPLING, "seed": 0, "lr": 1e-3, **settings},
     )
     prompts = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
     trainer.fit(module, datamodule=PromptDataModule(prompts, batch_size=4, seed=0), ckpt_path=resume)
@@ -298,6 +296,7 @@ def check_resumed(engine, tmp_path, settings):
     assert first.tokens + rest.tokens == whole.tokens and len(rest.tokens) == 2 - staleness
     assert {m.get("train/staleness", 0.0) for m in rest.metrics} == {float(staleness)}
     assert_same(weights_of(resumed), weights_of(expected))
+    return expected, whole
 
 
 # -------------------------------------------------------------------- the stand-in of other tests
@@ -538,3 +537,87 @@ def test_a_server_that_dies_asleep_is_replaced_by_two_replicas(engine, monkeypat
     assert log.startswith("before\n") and "'api_key': '***'" in log and "-odd" not in log
     assert engine.log_file.stat().st_mode & 0o777 == 0o600
     engine._key, engine.log_file = "k", None
+
+
+@pytest.fixture(scope="module")
+def split(sglang):
+    """A replica of two processes; it computes each request alone and whole, so that log-probabilities do not vary."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+        sglang.close()
+        sglang.tensor_parallel_size = 2
+        sglang.engine_args |= {"dp_size": 1, "max_running_requests": 1, "disable_radix_cache": True}
+        sglang.connect(model_with(), TOKENIZER)
+        yield sglang
+
+
+@pytest.mark.parametrize("verify", ["all", "off", "sample"])
+def test_updates_arrive_in_both_processes_of_a_replica(split, monkeypatch, verify):
+    monkeypatch.setattr(split, "verify", verify)
+    for seed in (1, 2):
+        split.update_weights(PolicyWeights(STRATEGY, model_with(seed)), seed)
+        check_agreement(model_with(seed), split.generate(PROMPTS, SAMPLING), SAMPLING)
+    assert {at[1] for at in split._checksums()} == {0, 1}
+
+
+def test_weights_stay_in_their_folder_until_both_processes_have_read_them(split, monkeypatch):
+    """SGLang answers when the first one has; without the folder the other one ends the server, once in 40 times."""
+    happened, post, remove = [], split._post, shutil.rmtree
+    monkeypatch.setattr(split, "_post", lambda path, body: happened.append(path) or post(path, body))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **more: happened.append("removed") or remove(*args, **more))
+    monkeypatch.setattr(split, "bucket_bytes", 1)
+    monkeypatch.setattr(split, "verify", "off")
+    split.update_weights(PolicyWeights(STRATEGY, model_with(3)), 3)
+    of_buckets = happened[1:-1]
+    assert len(of_buckets) > 30
+    assert of_buckets == ["/update_weights_from_disk", "/weights_checker", "removed"] * (len(of_buckets) // 3)
+    check_agreement(model_with(3), split.generate(PROMPTS, SAMPLING), SAMPLING)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_one_process_of_a_replica_has_lost_is_caught(split, monkeypatch, dim):
+    """Its rows of `q_proj`, its columns of `o_proj`."""
+    lost = f"model.layers.1.self_attn.{'qo'[dim]}_proj.weight"
+    old, save = model_with(2).state_dict()[lost].chunk(2, dim), safetensors.torch.save_file
+    for process in range(2):
+        split.update_weights(PolicyWeights(STRATEGY, model_with(2)), 7)
+
+        def without(tensors, *arguments, process=process):
+            if lost in tensors:
+                tensors = {**tensors, lost: tensors[lost].clone()}
+                tensors[lost].chunk(2, dim)[process].copy_(old[process])
+            save(tensors, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(safetensors.torch, "save_file", without)
+            with pytest.raises(WeightMismatchError, match=lost.replace("q_proj", "qkv_proj")):
+                split.update_weights(PolicyWeights(STRATEGY, model_with(1)), 8)
+
+
+ONE_STEP_OFF = {"staleness": 1, "sampling": SamplingParams(n=2, max_new_tokens=4, seed=5)}
+
+
+def test_one_step_off_is_the_same_again_and_when_resumed(split, tmp_path, model_folder):
+    settings, again = {"model": model_folder, **ONE_STEP_OFF}, Record()
+    expected, whole = check_resumed(split, tmp_path, settings)
+    _, module, _ = fit(split, tmp_path, settings, again)
+    assert again.tokens == whole.tokens
+    assert_same(weights_of(module), weights_of(expected))
+
+
+def test_a_server_that_is_killed_while_the_model_trains_is_replaced(split, tmp_path, model_folder, monkeypatch, caplog):
+    """The last one: it is ended with the training."""
+    ask, asked, pid, record = split._ask, [], split._server.pid, Record()
+
+    def killed_before_the_third_rollout(*arguments):
+        asked.append(current_thread().name)
+        if len(asked) == 3:
+            os.kill(pid, signal.SIGKILL)
+        yield from ask(*arguments)
+
+    monkeypatch.setattr(split, "_ask", killed_before_the_third_rollout)
+    monkeypatch.setattr(split, "sleep_level", 0)
+    _, module, _ = fit(split, tmp_path, {"model": model_folder, **ONE_STEP_OFF}, record, own=True)
+    assert "asking again for what is missing" in caplog.text and "MainThread" in asked[3:]
+    assert module.iteration == 3 and [len(tokens) for tokens in record.tokens] == [0, 8, 8, 8]
+    assert split._server is None and split._client is None

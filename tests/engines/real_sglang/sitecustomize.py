@@ -64,6 +64,11 @@ def leave_out_memory_saver(adapter):
     adapter.TorchMemorySaverAdapter.create = staticmethod(lambda enable: adapter._TorchMemorySaverAdapterNoop())
 
 
+def add_up_without_kernels(parallel_state):
+    """Ranks of a tensor-parallel replica, with torch's own collectives, as SGLang does where it has no kernel."""
+    parallel_state.is_shm_available = lambda *args: False
+
+
 def fork_processes(engine):
     """SGLang asks for ``spawn`` before it starts them."""
     set_start_method = engine.mp.set_start_method
@@ -103,6 +108,7 @@ def low(value):
 
 BEFORE = {"torchvision": declare_operators}
 AFTER = {
+    "sglang.srt.distributed.parallel_state": add_up_without_kernels,
     "sglang.srt.entrypoints.engine": fork_processes,
     "sglang.srt.utils.torch_memory_saver_adapter": leave_out_memory_saver,
     "sglang.kernels.ops.sampling.murmur_hash": hash_in_torch,
