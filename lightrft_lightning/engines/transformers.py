@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -159,10 +159,11 @@ class TransformersRollout(RolloutCallback):
             finished = decoder.run(self.max_batch_size or max(1, len(decoder.waiting)))
             while groups:
                 # no_grad rather than inference_mode: nothing made here may be refused by autograd when training
-                # continues. Left for each group, as the caller does other things with it.
+                # continues. Left for the groups of a step, as the caller does other things with it.
                 with torch.no_grad(), _generating(self._model):
-                    done = next(i for i in (row.prompt for row in finished) if _finished(groups.get(i)))
-                yield done, [row.completion() for row in groups.pop(done)]
+                    done = next(filter(None, (_whole(rows, groups) for rows in finished)))
+                for i in done:
+                    yield i, [row.completion() for row in groups.pop(i)]
 
 
 @dataclass
@@ -182,9 +183,10 @@ class _Row:
         return Completion(tuple(self.token_ids), tuple(self.logprobs), self.finish_reason)
 
 
-def _finished(group: Sequence[_Row] | None) -> bool:
-    """Whether it is there, not given away yet, and all of its sequences have ended."""
-    return group is not None and all(row.finish_reason is not None for row in group)
+def _whole(finished: Iterable[_Row], groups: Mapping[int, Sequence[_Row]]) -> list[int]:
+    """Those of the `groups` whose last sequences are among the `finished` ones."""
+    prompts = dict.fromkeys(row.prompt for row in finished)
+    return [i for i in prompts if all(row.finish_reason is not None for row in groups[i])]
 
 
 class _Decoder:
@@ -210,8 +212,8 @@ class _Decoder:
         self._cut: tuple[tuple[int, ...], Memory] | None = None
         """A prompt of whose samples some wait, prefilled."""
 
-    def run(self, limit: int) -> Iterator[_Row]:
-        """Decode all sequences, at most `limit` at a time; each is yielded once it is finished."""
+    def run(self, limit: int) -> Iterator[list[_Row]]:
+        """Decode all sequences, at most `limit` at a time; yields those that a step has finished."""
         while self.waiting:
             rows, state = self.admit(limit)
             uniforms = self.draws(rows)
@@ -219,7 +221,7 @@ class _Decoder:
                 steps = torch.tensor([min(len(row.token_ids), self.sampling.max_new_tokens - 1) for row in rows])
                 drawn = uniforms.gather(1, steps.to(uniforms.device)[:, None]).squeeze(1)
                 tokens, logprobs = _sample(state.logits, self.sampling, drawn)
-                yield from self.append(rows, tokens.tolist(), logprobs.tolist())
+                yield self.append(rows, tokens.tolist(), logprobs.tolist())
                 live = [k for k, row in enumerate(rows) if row.finish_reason is None]
                 if not live:
                     break
