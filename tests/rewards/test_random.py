@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -137,26 +138,38 @@ def test_ten_thousand_samples_are_never_mixed_up(tmp_path, on_error, monkeypatch
     generator = random.Random(f"{on_error}")
     counts = {"process": 600, "process batch": 300, "async": 1500, "batch": 800, "async batch": 800}
     counts["single"] = SAMPLES // 2 - sum(counts.values())
+    rewards, samples = {}, {}
     for shape in SHAPES:
         entry = {"name": f"{file}:{NAMES[shape]}"} | ({"processes": 2} if "process" in shape else {})
-        rewards = Rewards(entry, deadline=DEADLINE, on_error=on_error, workers=8)
-        monkeypatch.setitem(rewards.functions[0][0].function.__globals__["ACTS"], "torch", torch_act)
-        samples = make(shape, counts[shape], generator, hangs=(on_error == "drop") != ("batch" in shape))
-        generator.shuffle(samples)
-        reports = []
-        for part in parts(samples, generator, 12 if "batch" in shape else 200):
-            hangs = any(sample.prompt.fields["act"] in ("hang", "spin") for sample in part)
-            rewards.deadline = DEADLINE if hangs else 100.0
-            reports.append(rewards.score(part))
-        failure = None if on_error == "drop" else on_error
-        for sample in samples:
-            assert sample.reward == expected(sample, failure), (shape, sample.prompt)
-            assert list(sample.reward_parts.values()) == (
-                [sample.reward] if sample.prompt.fields["act"] in GOOD else []
-            )
-        acts = [sample.prompt.fields["act"] for sample in samples]
-        assert sum(r.samples for r in reports) == len(samples)
-        assert sum(r.failed for r in reports) == sum(act not in (*GOOD, *INAPPLICABLE) for act in acts)
-        assert sum(r.inapplicable for r in reports) == sum(act in INAPPLICABLE for act in acts)
-        assert sum(r.non_finite for r in reports) == sum(act in NON_FINITE for act in acts)
-        assert sum(r.timed_out for r in reports) == sum(act in ("hang", "spin") for act in acts)
+        rewards[shape] = Rewards(entry, deadline=DEADLINE, on_error=on_error, workers=8)
+        monkeypatch.setitem(rewards[shape].functions[0][0].function.__globals__["ACTS"], "torch", torch_act)
+        samples[shape] = make(shape, counts[shape], generator, hangs=(on_error == "drop") != ("batch" in shape))
+        generator.shuffle(samples[shape])
+    seeds = {shape: generator.random() for shape in SHAPES}
+    with ThreadPoolExecutor(len(SHAPES)) as threads:  # nearly all of the time is that of deadlines
+        reports = dict(
+            zip(SHAPES, threads.map(lambda s: scored(rewards[s], samples[s], s, seeds[s]), SHAPES), strict=True)
+        )
+    for shape in SHAPES:
+        check(shape, samples[shape], reports[shape], None if on_error == "drop" else on_error)
+
+
+def scored(rewards, samples, shape, seed):
+    reports = []
+    for part in parts(samples, random.Random(seed), 12 if "batch" in shape else 200):
+        hangs = any(sample.prompt.fields["act"] in ("hang", "spin") for sample in part)
+        rewards.deadline = DEADLINE if hangs else 100.0
+        reports.append(rewards.score(part))
+    return reports
+
+
+def check(shape, samples, reports, failure):
+    for sample in samples:
+        assert sample.reward == expected(sample, failure), (shape, sample.prompt)
+        assert list(sample.reward_parts.values()) == ([sample.reward] if sample.prompt.fields["act"] in GOOD else [])
+    acts = [sample.prompt.fields["act"] for sample in samples]
+    assert sum(r.samples for r in reports) == len(samples)
+    assert sum(r.failed for r in reports) == sum(act not in (*GOOD, *INAPPLICABLE) for act in acts)
+    assert sum(r.inapplicable for r in reports) == sum(act in INAPPLICABLE for act in acts)
+    assert sum(r.non_finite for r in reports) == sum(act in NON_FINITE for act in acts)
+    assert sum(r.timed_out for r in reports) == sum(act in ("hang", "spin") for act in acts)
