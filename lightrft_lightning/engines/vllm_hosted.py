@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,8 @@ from typing_extensions import override
 
 from lightrft_lightning.engines.vllm import VLLMRollout
 from lightrft_lightning.engines.weight_sync import listed
+
+log = logging.getLogger(__name__)
 
 WORKERS = "tensor_parallel_size"
 """The engine argument for them: an argument of `VLLMRollout` itself is about ranks of the training."""
@@ -36,6 +41,7 @@ class VLLMCopy(VLLMRollout):
     def start(self, folder: str, **defaults: Any) -> None:
         super().start(folder, **defaults, **{WORKERS: self._workers})
         self._call("lightrft_started")
+        self._engine.engine_core.engine_core.model_executor.register_failure_callback(_end)
 
     def load_file(self, path: Path) -> None:
         """Put the tensors of a safetensors file in place."""
@@ -47,3 +53,9 @@ class VLLMCopy(VLLMRollout):
         self._forget_prefixes()
         if lacking:
             raise ValueError(f"the update lacks {listed(sorted(lacking))}: send every parameter of the model")
+
+
+def _end() -> None:
+    """A worker has died, and nothing can be computed any more: end the server, so that another one is started."""
+    log.error("a worker process of vLLM has died: the server ends, start it again")
+    os.kill(os.getpid(), signal.SIGTERM)
