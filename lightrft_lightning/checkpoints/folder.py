@@ -72,7 +72,8 @@ class Place:
             ValueError: one of these.
         """
         tag = self.tag
-        if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag.startswith(".") or tag == "latest":
+        unfinished = tag.startswith(".") and tag.endswith((owners.TEMPORARY, _ASIDE))
+        if not tag.strip() or tag != Path(tag).name or tag != tag.strip() or tag in ("..", "latest") or unfinished:
             raise ValueError(f"tag={tag!r}: must be a plain folder name")
         put_back(self.folder)
         # A file called .ckpt is what Lightning's own strategies write in this place.

@@ -56,6 +56,23 @@ def _split_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
     return own, {name: value for name, value in rest.items() if name not in own}
 
 
+LIBRARIES = {
+    "torch", "torchmetrics", "lightning", "transformers", "peft", "bitsandbytes", "deepspeed", "lightrft_lightning",
+}  # fmt: skip
+"""Whose modules load what was saved of them, name by name."""
+
+
+def loads_by_itself(model: nn.Module) -> str | None:
+    """The module, if there is one, that a user has given a way of loading of its own: a method, or a hook."""
+    for name, module in model.named_modules():
+        cls, hooks = type(module), (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+        own: list[Any] = [cls.load_state_dict, cls._load_from_state_dict]
+        own += [getattr(hook, "hook", hook) for of_kind in hooks for hook in of_kind.values()]
+        if any(str(function.__module__).partition(".")[0] not in LIBRARIES for function in own):
+            return f"{cls.__name__} {name}".rstrip()
+    return None
+
+
 def match(
     here: Mapping[str, TensorInfo],
     tied: Mapping[str, str],

@@ -6,12 +6,17 @@ way back the large parts are mappings that read a tensor when somebody looks at 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.core import saving
 from lightning.pytorch.core.saving import _load_from_checkpoint, _load_state, load_hparams_from_yaml
 from torch import Tensor
 from torch.utils._pytree import MappingKey, keystr, tree_map, tree_map_with_path
@@ -245,10 +250,28 @@ def load_module(
 def _load_folder(
     cls: type[M], path: Path, map_location: Any, strict: bool | None, weights_only: bool | None, settings: Any
 ) -> M:
-    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-
     checkpoint = read(path, Ranks(), weights_only, TorchCheckpointIO())
     checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(settings)
     module = _load_state(cls, checkpoint, strict=strict, **settings)
     assert isinstance(module, cls)
     return module if map_location is None else module.to(map_location)
+
+
+def _with_folders(load: Any) -> Any:
+    """Lightning's function for files, which reads the folders of this package too."""
+
+    @functools.wraps(load)
+    def either(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        if not isinstance(path, str | os.PathLike) or not folder.is_checkpoint(Path(path)):
+            return load(path, map_location, weights_only)
+        checkpoint = read(Path(path), Ranks(), weights_only, TorchCheckpointIO())
+        place = map_location if isinstance(map_location, str | int | torch.device) else "cpu"
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {n: v.to(place) if isinstance(v, Tensor) else v for n, v in weights}
+        return checkpoint
+
+    return either
+
+
+if hasattr(saving, "pl_load"):  # so that load_from_checkpoint of any module opens a folder
+    saving.pl_load = _with_folders(saving.pl_load)

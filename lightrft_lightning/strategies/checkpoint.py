@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
+ONLY_LOCAL = "only local folders, on a file system that all ranks share"
 
 
 class Checkpoints:
@@ -102,6 +103,8 @@ class Checkpoints:
             ValueError: a tag that is no file name, or a client state that could not be read back.
             CheckpointError: it could not be written, on whichever rank; what was there before is untouched.
         """
+        if tag is not None and tag.startswith("."):  # rotation and lists leave such names alone
+            raise ValueError(f"tag={tag!r}: must be a plain folder name")
         place = Place(Path(save_dir), tag or f"step_{self.optimizer_steps}", save_latest, max_num, max_mem * 1e9)
         optimizer, scheduler = self._known(model, optimizer, scheduler)
         self._warn_of_pending(optimizer)
@@ -238,6 +241,8 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- Lightning's form
 
+    whole_parameters = False
+    """Whether this process holds every parameter as a whole, and nothing else holds a copy."""
     restore_checkpoint_after_setup = True
     """Weights are read into the sharded model."""
     lightning_restore_optimizer = True
@@ -247,6 +252,23 @@ class Checkpoints:
         super().connect(model)  # type: ignore[misc]
         if model._trainer is not None:
             loops.install(model.trainer)
+        if model._trainer is not None and model.trainer.state.fn == TrainerFn.FITTING:
+            self._check_where_to(model.trainer)
+
+    def _check_where_to(self, trainer: pl.Trainer) -> None:
+        """Refuse before training what `save_checkpoint` would refuse after it."""
+        self._check_plugin()
+        for callback in trainer.checkpoint_callbacks:
+            place = getattr(callback, "dirpath", None) or (trainer.default_root_dir if not trainer.loggers else "")
+            if "://" in str(place):
+                raise ValueError(f"{type(callback).__name__} would write to {str(place)!r}: {ONLY_LOCAL}")
+
+    def _check_plugin(self) -> None:
+        if type(self.checkpoint_io) is not TorchCheckpointIO:
+            raise TypeError(
+                f"plugin {type(self.checkpoint_io).__name__}: {self.strategy_name} writes checkpoints itself, in the "
+                "background with async_checkpoints=True; leave the plugin out"
+            )
 
     def post_training_step(self) -> None:
         """Lightning's hook between a training step and the callbacks."""
@@ -283,11 +305,7 @@ class Checkpoints:
         """Write what a Trainer saves as a folder called `filepath`; every tensor in it is stored once, sharded."""
         if storage_options is not None:
             raise TypeError(f"storage_options={storage_options!r}: {self.strategy_name} writes to a local folder")
-        if type(self.checkpoint_io) is not TorchCheckpointIO:
-            raise TypeError(
-                f"plugin {type(self.checkpoint_io).__name__}: {self.strategy_name} writes checkpoints itself, in the "
-                "background with async_checkpoints=True; leave the plugin out"
-            )
+        self._check_plugin()
         module = self.lightning_module
         assert module is not None
         ranks = self._join_ranks()
@@ -350,6 +368,11 @@ class Checkpoints:
         assert module is not None
         weights = trainer_state.as_stored(checkpoint["state_dict"])
         ranks = self._join_ranks()
+        if (by := state.loads_by_itself(module)) is not None:
+            if not self.whole_parameters:
+                raise CheckpointError(f"{by}: its own way of loading is for whole weights, here they are sharded")
+            store.readable("the checkpoint", lambda: module.load_state_dict(dict(weights), strict=strict))
+            return
         sources = ranks.together(lambda: self._match(module, weights, "the checkpoint", strict))
         ranks.together(lambda: store.readable("the checkpoint", lambda: self._load_model(module, weights, sources)))
 
@@ -539,5 +562,5 @@ def _remove(path: Path) -> None:
 
 def _local(path: str | os.PathLike[str]) -> Path:
     if "://" in str(path):
-        raise ValueError(f"checkpoint {str(path)!r}: only local folders, on a file system that all ranks share")
+        raise ValueError(f"checkpoint {str(path)!r}: {ONLY_LOCAL}")
     return Path(path)

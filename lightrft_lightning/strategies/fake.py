@@ -23,6 +23,7 @@ class FakeStrategy(StrategyBase, SingleDeviceStrategy):
     """
 
     strategy_name = "lightrft_fake"
+    whole_parameters = True
     restore_checkpoint_after_setup = False
     """As in Lightning's strategies for one device, so that `on_fit_start` sees what was saved."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -183,6 +185,82 @@ def test_hooks_may_change_what_is_saved_and_loaded(straight, tmp_path):
     assert same(fit(tmp_path / "rest", module, 4, tmp_path / "last.ckpt"), straight)
     (first, second), text = module.mine["deep"], module.mine["text"]
     assert torch.equal(first, torch.arange(3)) and second["x"] == 2 and text == "x" and module.mine["tuple"] == (1, 2)
+
+
+def test_any_module_is_loaded_from_a_folder(tmp_path):
+    saved = fit(tmp_path, Module(), 1)
+    assert same(Module.load_from_checkpoint(tmp_path / "last.ckpt").state_dict(), saved)
+    module = Module.load_from_checkpoint(str(tmp_path / "last.ckpt"), map_location="cpu", width=9, seed=1)
+    assert same(module.state_dict(), saved) and module.hparams.seed == 1
+    next((tmp_path / "last.ckpt").glob("*.distcp")).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"\.distcp"):
+        Module.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+class Renames(Module):
+    """Reads what it was called before: by a hook, or by a method of its own."""
+
+    def __init__(self, by="hook"):
+        super().__init__(1)
+        self.new, self.by = self.net, by
+        del self.net
+        if by == "hook":
+            self._register_load_state_dict_pre_hook(lambda state, *_: state.update(self.renamed(state)))
+
+    def renamed(self, state):
+        return {name.replace("net", "new"): state.pop(name) for name in list(state)}
+
+    def load_state_dict(self, state, *args, **more):
+        return super().load_state_dict(self.renamed(state) if self.by == "method" else state, *args, **more)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.new(batch).square().mean())
+
+
+@pytest.mark.parametrize("by", ["hook", "method"])
+def test_a_module_may_load_by_itself(tmp_path, by):
+    saved, module = fit(tmp_path, Module(), 1), Renames(by)
+    make_trainer(tmp_path).validate(module, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert same({name.replace("new", "net"): v for name, v in module.state_dict().items()}, saved)
+
+
+def test_a_trainer_can_be_sent_to_another_process(tmp_path):
+    trainer = pickle.loads(pickle.dumps(make_trainer(tmp_path)))
+    trainer.fit(Module())
+    assert trainer.global_step == 4
+
+
+def test_what_cannot_be_written_is_refused_before_training(tmp_path):
+    class Counts(pl.Callback):
+        def on_train_batch_end(self, *args):
+            pytest.fail("it trains")
+
+    trainer = make_trainer(tmp_path, callbacks=[ModelCheckpoint("memory://x", monitor="val"), Counts()])
+    with pytest.raises(ValueError, match=r"ModelCheckpoint would write to 'memory://x'.*only local folders"):
+        trainer.fit(Module())
+    with pytest.raises(TypeError, match="AsyncCheckpointIO"):
+        make_trainer(tmp_path, callbacks=[Counts()], plugins=[AsyncCheckpointIO()]).fit(Module())
+
+
+def test_lightnings_tuner(tmp_path):
+    tuners = [Tuner(make_trainer(tmp_path, strategy=strategy)) for strategy in ("auto", "lightrft_fake")]
+    losses, expected = (tuner.lr_find(Tuned(), num_training=10).results["loss"] for tuner in tuners)
+    assert losses == pytest.approx(expected)
+    sizes = [tuner.scale_batch_size(Tuned(), max_trials=2, steps_per_trial=1) for tuner in tuners]
+    assert sizes[0] == sizes[1] > 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class Tuned(Module):
+    def __init__(self):
+        super().__init__()
+        self.lr, self.batch_size = 1e-3, 2
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(24, 5, generator=torch.Generator().manual_seed(1)), self.batch_size)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "lightrft_fake"])
