@@ -134,10 +134,10 @@ class ZeroModel:
 
     # ---------------------------------------------------------------- one step
 
-    def backward(self, loss: Tensor, scale: float = 1.0) -> None:
+    def backward(self, loss: Tensor, scale: float = 1.0, retain_graph: bool = False) -> None:
         """Add the gradients of `loss` × `scale` (of float16) to those there are."""
         self._start_backward(scale)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def _start_backward(self, scale: float) -> None:
         """What ``engine(...)`` would do at a forward pass and at the begin of the backward pass."""
@@ -353,6 +353,8 @@ def forget_other_groups(deepspeed: Any, config: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS computes the loss several times in one step, which DeepSpeed cannot: take AdamW or SGD")
     inside = {id(p) for p in model.parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -365,11 +367,11 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
 
 
-def backward_through(models: Sequence[ZeroModel], loss: Tensor) -> None:
+def backward_through(models: Sequence[ZeroModel], loss: Tensor, retain_graph: bool = False) -> None:
     """Add the gradients of `loss`, which may depend on any of `models`, to those there are."""
     for model in models:
         model._start_backward(1.0)
-    loss.backward()
+    loss.backward(retain_graph=retain_graph)
     for model in models:
         if model._without_hooks:
             model.engine._backward_epilogue()

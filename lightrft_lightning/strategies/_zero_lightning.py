@@ -107,7 +107,10 @@ class ZeroPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Steppable | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        self._strategy.lightning_backward(tensor, optimizer)
+        retain_graph = kwargs.pop("retain_graph", False)
+        if args or kwargs:
+            raise TypeError(f"manual_backward: DeepSpeed takes the loss and retain_graph=, got {[*args, *kwargs]}")
+        self._strategy.lightning_backward(tensor, optimizer, bool(retain_graph))
 
     @override
     def optimizer_step(  # type: ignore[override]

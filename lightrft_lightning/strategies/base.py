@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
+from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
 from lightrft_lightning._errors import unknown_name
@@ -59,6 +60,7 @@ class _Trained:
     optimizer: Optimizer | None = None
     scheduler: Any = None
     frozen: tuple[nn.Parameter, ...] = ()
+    prepared: bool = False
     scaler: torch.amp.GradScaler | None = None
     """Loss scale, in float16 only."""
     engine: Any = None
@@ -110,6 +112,16 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         self._models: WeakKeyDictionary[nn.Module, _Trained] = WeakKeyDictionary()
         self._pending: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._step_to_make: Callable[[], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a Trainer that is sent to another process; models and optimizers do not go with it."""
+        kinds = (WeakKeyDictionary, WeakIdKeyDictionary)
+        weak = {name: type(value) for name, value in vars(self).items() if isinstance(value, kinds)}
+        return {name: value for name, value in vars(self).items() if name not in weak} | {"_weak": weak}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weak = state.pop("_weak")
+        vars(self).update(state, **{name: kind() for name, kind in weak.items()})
 
     def _split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         fields = {f for f in StrategyConfig.__dataclass_fields__}
@@ -244,7 +256,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         Weights in 16 bits become float32 in place, see `models.precision`.
 
         Args:
-            model: the model to train. If `prepare` froze it, it is trainable again.
+            model: the model to train. If `prepare` froze it, it is trainable again, with this optimizer.
             lr: learning rate; default `config.actor_learning_rate`.
             betas: default `config.adam_betas`.
             weight_decay: default `config.l2`.
@@ -267,10 +279,17 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         lr = self.config.actor_learning_rate if lr is None else lr
         kwargs |= {"lr": lr, "betas": betas or self.config.adam_betas}
         if self.config.adam_8bit:
-            known.optimizer = adamw_8bit(groups, **kwargs)
+            optimizer = adamw_8bit(groups, **kwargs)
         else:
-            known.optimizer = torch.optim.AdamW(groups, **{"fused": True, **kwargs})
+            optimizer = torch.optim.AdamW(groups, **{"fused": True, **kwargs})
+        known.optimizer = self._own_kind_of(optimizer)
+        if known.prepared:
+            self._wrap(model, known)
         return known.optimizer
+
+    def _own_kind_of(self, optimizer: Optimizer) -> Optimizer:
+        """Hook: what this back end has in place of an optimizer that `create_optimizer` has made."""
+        return optimizer
 
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
         """Put models on the device, ready to train or to infer.
@@ -305,6 +324,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         if known.optimizer is not None:
             train_in_float32(model)
         model = self._wrap(model, known)
+        known.prepared = True
         if known.optimizer is None:
             known.frozen += tuple(p for p in model.parameters() if p.requires_grad)
             model.requires_grad_(False).eval()
@@ -368,11 +388,12 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
                 that the loss depends on.
 
         Raises:
-            ValueError: `further` in float16, where every model has a loss scale of its own.
+            ValueError: the model is frozen; or `further` in float16, where every model has a loss scale of its own.
         """
         if not isinstance(model, nn.Module):
             rest = () if optimizer is None else (optimizer,)
             return super().backward(loss, model, *rest, *args, **kwargs)
+        self._check_trained(model)
         return self._backward(loss, model, optimizer, *args, **kwargs)
 
     @override
@@ -396,6 +417,7 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             The gradient norm before clipping, or None if this call did not reach the boundary.
         """
         if isinstance(model, nn.Module):
+            self._check_trained(model)
             return self._optimizer_step(optimizer, model, scheduler, name, **kwargs)
         if self._step_to_make is not None:  # called from `_make_step`
             step, self._step_to_make = self._step_to_make, None
@@ -404,6 +426,13 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             return step()
         positional = () if scheduler is None else (scheduler,)
         return super().optimizer_step(optimizer, model, *positional, **kwargs)
+
+    def _check_trained(self, model: nn.Module) -> None:
+        if model in self._models and self._models[model].frozen:
+            raise ValueError(
+                f"{type(model).__name__} is frozen, because prepare(model) came without its optimizer: call "
+                "prepare((model, optimizer)), or make the optimizer with create_optimizer(model)"
+            )
 
     def _backward(
         self,

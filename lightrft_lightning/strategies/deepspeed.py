@@ -189,8 +189,13 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         for part in frozen_parts(module, parts):
             self._wrap(part, self._models.setdefault(part, _Trained()))
 
-    def lightning_backward(self, loss: Tensor, optimizer: Any) -> None:
+    def lightning_backward(self, loss: Tensor, optimizer: Any, retain_graph: bool = False) -> None:
         """Lightning's call form: through the engine of `optimizer`, or through all if None."""
+        if retain_graph and self.config.zero_stage == 3:
+            raise MisconfigurationException(
+                "manual_backward(retain_graph=True): ZeRO-3 frees the weights that a second pass needs: add the losses "
+                "up and go back once, or take stage 2"
+            )
         engines = [z for z in self._zero.values() if z.optimizer is not None]
         if optimizer is None and len(engines) > 1:
             if self.compute_dtype == torch.float16:
@@ -198,10 +203,10 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
                     "manual_backward(loss) with several optimizers in precision='16-mixed' does not tell whose loss "
                     "scale to take: call self.trainer.strategy.backward(loss, model, optimizer)"
                 )
-            backward_through(engines, loss)
+            backward_through(engines, loss, retain_graph)
             return
         zero = engines[0] if optimizer is None else self._zero_of(optimizer)
-        zero.backward(loss, self._loss_scale(zero))
+        zero.backward(loss, self._loss_scale(zero), retain_graph)
 
     def clip_next_step(self, optimizer: Any, max_norm: float) -> None:
         """Lightning's call form: clip the gradients of the next step of `optimizer`."""
@@ -302,10 +307,12 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         """As in `StrategyBase`. With ``adam_offload`` DeepSpeed's CPU Adam where there is a GPU and a C++ compiler."""
         if has_meta(model):
             self._streamed[model] = stream_in(self._deepspeed, model, self._json(model), self.root_device)
-        optimizer = super().create_optimizer(model, lr=lr, betas=betas, weight_decay=weight_decay, **kwargs)
-        if self.config.adam_offload and self.root_device.type != "cpu":
-            optimizer = self._models[model].optimizer = cpu_adam(self._deepspeed, optimizer)
-        return optimizer
+        return super().create_optimizer(model, lr=lr, betas=betas, weight_decay=weight_decay, **kwargs)
+
+    @override
+    def _own_kind_of(self, optimizer: Optimizer) -> Optimizer:
+        offloaded = self.config.adam_offload and self.root_device.type != "cpu"
+        return cpu_adam(self._deepspeed, optimizer) if offloaded else optimizer
 
     # ---------------------------------------------------------------- one step
 

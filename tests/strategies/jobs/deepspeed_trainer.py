@@ -104,6 +104,29 @@ def check_manual_optimization_as_lightning_has_it():
             assert t.global_step == expected.global_step == 16
 
 
+class Retained(Plain):
+    """Two backward passes through one graph."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.manual_backward(loss, retain_graph=True)
+        self.manual_backward(loss / 2)
+        self.optimizers().step()
+
+
+def check_a_graph_may_be_retained():
+    _, reference = alone(Retained())
+    for stage in (1, 2):
+        t, module = trainer(stage), Retained()
+        t.fit(module, data())
+        same(whole(t, module), reference)
+    with checks.unwatched(), pytest.raises(MisconfigurationException, match="ZeRO-3 frees the weights that a second"):
+        trainer(3).fit(Retained(), data())
+
+
 def check_actor_and_critic_count_steps():
     _, reference = alone(Pair())
     for stage in STAGES:
@@ -187,6 +210,8 @@ def check_refusals():
                 trainer(stage).fit(NoOptimizer(), data())
             with pytest.raises(MisconfigurationException, match=r"critic.weight is in two optimizers \(0 and 1\)"):
                 trainer(stage).fit(Overlap(), data())
+            with pytest.raises(ValueError, match=r"^LBFGS computes the loss several times in one step, .*AdamW"):
+                trainer(stage).fit(Several(), data())
             with pytest.raises(MisconfigurationException, match=r"optimizers 0 and 1 share the submodule Interleaved"):
                 trainer(stage).fit(Interleaved(), data())
         with pytest.raises(MisconfigurationException, match=r"precision='bf16-true'.*32-true, bf16-mixed, 16-mixed"):
@@ -198,6 +223,11 @@ def check_refusals():
         strategy = DeepspeedStrategy(train_batch_size=6, micro_train_batch_size=2)
         with pytest.raises(ValueError, match=r"train_batch_size=6 is not a multiple of .* × world size=2"):
             trainer(strategy).fit(Plain(), data())
+
+
+class Several(Plain):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
 
 
 class NoOptimizer(Loose):

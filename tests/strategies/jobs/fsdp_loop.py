@@ -384,6 +384,22 @@ def check_ties_inside_a_model():
             same(left, right.detach(), 1e-5)
 
 
+def check_an_optimizer_made_after_prepare():
+    """In the order of LightRFT's page."""
+    one, plain = FakeStrategy(), llama()
+    single = one.create_optimizer(plain)
+    one.backward(loss_of(plain), plain, single)
+    expected = one.optimizer_step(single, plain, None)
+    s = strategy()
+    actor = s.prepare(llama(), is_rlhf=True)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is frozen, because prepare\(model\) came without its"):
+        s.backward(loss_of(actor), actor, None)
+    optimizer = s.create_optimizer(actor)
+    s.backward(loss_of(actor), actor, optimizer)
+    norm = s.optimizer_step(optimizer, actor, None)
+    assert norm == pytest.approx(expected, rel=1e-5)
+
+
 def check_refusals():
     with pytest.raises(ValueError, match=r"zpg=3 does not divide the world size 2"):
         strategy(zpg=3)
