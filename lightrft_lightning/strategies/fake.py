@@ -24,8 +24,14 @@ class FakeStrategy(StrategyBase, SingleDeviceStrategy):
 
     strategy_name = "lightrft_fake"
     whole_parameters = True
-    restore_checkpoint_after_setup = False
-    """As in Lightning's strategies for one device, so that `on_fit_start` sees what was saved."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:  # type: ignore[override]
+        """As in Lightning's strategies for one device, so that `on_fit_start` sees what was saved.
+
+        The modules of this package compare their settings with those saved, once their optimizers are there.
+        """
+        return hasattr(self.lightning_module, "_given")
 
     def __init__(self, *, device: str | torch.device | None = None, **kwargs: Any) -> None:
         super().__init__(device="cpu" if device is None else device, **kwargs)
