@@ -305,8 +305,9 @@ def test_supervised_defaults_and_errors(config, capsys):
 
 def test_the_quick_example_runs_and_resumes(config, capsys):
     short = ["fit", "--config", str(EXAMPLES / "tiny_from_scratch.yaml"), "--trainer.limit_train_batches", "2"]
-    text = (EXAMPLES / "tiny_from_scratch.yaml").read_text().replace("steps: 1000", "steps: 2")
-    Path("short.yaml").write_text(text)
+    text = (EXAMPLES / "tiny_from_scratch.yaml").read_text()
+    assert "steps: 400" in text
+    Path("short.yaml").write_text(text.replace("steps: 400", "steps: 2"))
     short[2] = "short.yaml"
     assert main([*short, "--trainer.max_epochs", "1"]) == 0
     output = capsys.readouterr().out
