@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training import Record, StopAt, assert_same, weights_of
 
 from lightrft_lightning import FakeStrategy, PromptDataModule, RLHFModule, SamplingParams, SGLangRollout
+from lightrft_lightning.cli import main
 from lightrft_lightning.engines.base import EngineError
 from lightrft_lightning.engines.weight_sync import PolicyWeights, WeightMismatchError
 from lightrft_lightning.models.tiny import tiny_llama
@@ -237,6 +240,7 @@ def test_a_server_that_runs_already(engine, tmp_path):
 # -------------------------------------------------------------------- the whole
 
 JOB = Path(__file__).parent / "jobs" / "sglang_ranks.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +301,19 @@ def check_resumed(engine, tmp_path, settings):
     assert {m.get("train/staleness", 0.0) for m in rest.metrics} == {float(staleness)}
     assert_same(weights_of(resumed), weights_of(expected))
     return expected, whole
+
+
+def test_the_example_trains(with_sglang, tmp_path, monkeypatch):
+    """SmolLM2 itself, for two short iterations."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightrft"])
+    few = "--trainer.limit_train_batches 2 --trainer.limit_val_batches 0 --data.batch_size 2 --model.sampling.n 2"
+    few += " --model.sampling.max_new_tokens 8"
+    assert main(["fit", "--config", str(EXAMPLES / "smollm2_sglang.yaml"), *few.split()]) == 0
+    with open("runs/smollm2_sglang/csv/version_0/metrics.csv") as file:
+        _, row = csv.DictReader(file)
+    assert float(row["train/policy_version"]) == 1 and float(row["train/mismatch_max"]) < 1e-3
+    shutil.rmtree("runs")  # a gigabyte
 
 
 # -------------------------------------------------------------------- the stand-in of other tests
