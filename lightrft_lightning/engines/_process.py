@@ -119,9 +119,20 @@ class ServerProcess:
             if self.alive(GRACE):
                 self._process.kill()
         self._reader.join(AT_ONCE)  # until the last of them has closed the pipe
+        self._kill_others()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def _kill_others(self) -> None:
+        """Kill what it has started, but Python's resource trackers: these then remove what was shared, and end."""
+        end = time.monotonic() + AT_ONCE
+        while (left := _running(self._process.pid)) and time.monotonic() < end:
+            for pid, command in left.items():
+                if b"resource_tracker" not in command:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
     def _drain(self, log_file: Path | None) -> None:
         """A full pipe would stop the server, so nothing may stop this."""
@@ -144,6 +155,17 @@ class ServerProcess:
         if text.startswith(ANNOUNCEMENT):
             self._url = text.removeprefix(ANNOUNCEMENT)
             self._announced.set()
+
+
+def _running(group: int) -> dict[int, bytes]:
+    """Numbers and commands of the processes of a group that run; none where there is no /proc."""
+    found = {}
+    for about in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, its_group = about.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found[int(about.parent.name)] = about.with_name("cmdline").read_bytes()
+    return found
 
 
 def _opened(path: Path | None, stack: contextlib.ExitStack) -> BinaryIO | None:

@@ -421,6 +421,7 @@ def serve(*arguments):
         (("--engine-args", '{"dtype": "float23"}'), "'float23'"),
         (("--engine-args", "{dtype}"), "'{dtype}'"),
         (("--engine", "vllm", "--engine-args", '{"max_model_length": 8}'), "max_model_length"),
+        (("--engine", "vllm", "--engine-args", '{"tensor_parallel_size": "2"}'), "size']='2': must be a whole number"),
         (("--port", 1 << 16), "--port 65536"),
         (("--max-request-mb", 0), "--max-request-mb 0"),
         (("--key-file", os.devnull), "the file /dev/null holds no key"),
