@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,11 @@ SOME = ("background, validation within the epoch", "slurm", "two, the second, sl
 
 
 @pytest.fixture(scope="module")
-def chains(tmp_path_factory):
+def chains(run_ranks, tmp_path_factory):
     """What came of every chain of runs in jobs/preempted.py; all of them, if `LIGHTRFT_PREEMPTIONS` is set."""
     names = () if "LIGHTRFT_PREEMPTIONS" in os.environ else SOME
-    job = subprocess.run(
-        [sys.executable, str(JOB), str(tmp_path_factory.mktemp("runs")), str(SIGNALS), "3", *names],
-        capture_output=True, text=True, timeout=200 * SIGNALS, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert job.returncode == 0, job.stderr
+    folder = tmp_path_factory.mktemp("runs")
+    (job,) = run_ranks(JOB, folder, SIGNALS, 3, *names, world_size=1, timeout=200 * SIGNALS)
     return json.loads(job.stdout)
 
 
