@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 JOB = Path(__file__).parent / "jobs" / "checkpoint_kill.py"
 ROUNDS = 20
 
 
-def test_ranks_killed_at_random_points_of_a_save(tmp_path):
+def test_ranks_killed_at_random_points_of_a_save(run_ranks, tmp_path):
     """The newest checkpoint is always complete, and what is resumed is bit for bit the uninterrupted run."""
-    where = tmp_path / "checkpoints"
-    command = [sys.executable, str(JOB), str(where), str(ROUNDS)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=250, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    (done,) = run_ranks(JOB, tmp_path / "checkpoints", ROUNDS, world_size=1, timeout=250)
     *rounds, end = (json.loads(line) for line in done.stdout.splitlines())
     assert len(rounds) == ROUNDS
     assert sum(one["inside"] for one in rounds) >= ROUNDS // 2  # most kills came during a save
