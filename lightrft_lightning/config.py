@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 
 from lightrft_lightning._errors import unknown_name
+
+log = logging.getLogger(__name__)
 
 EngineType = Literal["vllm", "sglang", "transformers"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -27,6 +30,8 @@ _ADVANTAGE_NAMES = (
     "gae",
     "cpgd",
 )
+_OTHER_NAMES = {"reinforce++": "reinforce_plus_plus"}
+"""Of estimators, in LightRFT's scripts."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
+        estimator = _OTHER_NAMES.get(self.advantage_estimator, self.advantage_estimator)
+        object.__setattr__(self, "advantage_estimator", estimator)
         self._check_ranges()
 
     def _check_types(self) -> None:
@@ -229,6 +236,9 @@ class StrategyConfig:
             found = args.get(name, _INVALID) if isinstance(args, Mapping) else getattr(args, name, _INVALID)
             if found is not _INVALID and not (found is None and _convert(None, hint) is _INVALID):
                 values[name] = found
+        if values.get("fsdp") and values.get("zero_stage", 2) != 2 and not isinstance(args, Mapping):
+            # Parsers of LightRFT's scripts fill both in.
+            log.warning("zero_stage=%s has no meaning with fsdp=True: FSDP2 has no stages", values.pop("zero_stage"))
         config = cls(**values)
         given = args if isinstance(args, Mapping) else getattr(args, "__dict__", {})
         extra = {k: v for k, v in given.items() if k not in hints and not str(k).startswith("__")}  # of classes
@@ -242,6 +252,16 @@ class StrategyConfig:
             return self._extra[name]  # type: ignore[attr-defined]
         original = self.args  # type: ignore[attr-defined]
         return default if isinstance(original, StrategyConfig | Mapping) else getattr(original, name, default)
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """The parameters of the original arguments that are no fields of this class."""
+        return dict(self._extra)  # type: ignore[attr-defined]
+
+    def print_config_summary(self) -> None:
+        """Print `summary`, in the first process only."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            print(self.summary(), flush=True)
 
     def is_set(self, *names: str) -> bool:
         """Whether the user gave at least one of these fields, be it with its default value."""

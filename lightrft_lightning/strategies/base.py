@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +25,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
@@ -40,13 +40,12 @@ from lightrft_lightning.strategies._adam_8bit import adamw_8bit
 from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.ending import end_within
 from lightrft_lightning.strategies.inference import InferenceEngines
+from lightrft_lightning.strategies.lightrft_calls import LightRFTCalls
 from lightrft_lightning.strategies.preemption import end_when_preempted
 from lightrft_lightning.strategies.streams import keep_printing
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-
-    from lightrft_lightning.data import ResumableDataLoader
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class _Trained:
     """DeepSpeed's engine."""
 
 
-class StrategyBase(InferenceEngines, Checkpoints, Strategy):
+class StrategyBase(InferenceEngines, Checkpoints, LightRFTCalls, Strategy):
     """LightRFT's strategy interface; by itself a complete back end for one process.
 
     The same object serves a hand-written loop and ``Trainer(strategy=...)``. Subclass it and call
@@ -94,7 +93,13 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
 
     strategy_name = "lightrft_base"
 
-    def __init__(self, *, config: StrategyConfig | None = None, args: Any = None, **kwargs: Any) -> None:
+    positional: ClassVar[tuple[str, ...]] = ("seed", "max_norm", "micro_train_batch_size", "train_batch_size", "args")
+    """What positional arguments are, as in LightRFT's constructors."""
+
+    def __init__(self, *positional: Any, config: StrategyConfig | None = None, args: Any = None, **kwargs: Any) -> None:
+        given = self._named(positional, {"args": args, **kwargs} if args is not None else kwargs)
+        args = given.pop("args", args)
+        kwargs = given
         if config is not None and args is not None:
             raise TypeError("give `config` or `args`, not both")
         base = config if config is not None else StrategyConfig.from_args({} if args is None else args)
@@ -122,6 +127,14 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
     def __setstate__(self, state: dict[str, Any]) -> None:
         weak = state.pop("_weak")
         vars(self).update(state, **{name: kind() for name, kind in weak.items()})
+
+    def _named(self, positional: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(positional) > len(self.positional):
+            raise TypeError(f"{type(self).__name__}: at most {len(self.positional)} positional arguments")
+        names = self.positional[: len(positional)]
+        if twice := [name for name in names if name in kwargs]:
+            raise TypeError(f"{type(self).__name__}: {twice[0]} is given twice")
+        return dict(zip(names, positional, strict=True)) | kwargs
 
     def _split_keywords(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         fields = {f for f in StrategyConfig.__dataclass_fields__}
@@ -186,11 +199,12 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
 
     # ---------------------------------------------------------------- start
 
-    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+    def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
         """Seed everything and check the batch sizes; start or join the process group where the back end has one.
 
         Args:
             timeout: how long a collective may take before it is an error; nothing to wait for in one process.
+            num_gpu_per_node: of LightRFT's callers; the launcher says which device is whose.
 
         Raises:
             ValueError: `train_batch_size` does not divide by `micro_train_batch_size` × world size.
@@ -295,9 +309,9 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         """Put models on the device, ready to train or to infer.
 
         Args:
-            *models_or_pairs: models, ``(model, optimizer)`` pairs or ``(model, optimizer, scheduler)`` triples; None
-                passes through (a reference that is not used). A model without an optimizer, neither in its tuple nor
-                made by `create_optimizer`, is frozen and set to eval mode.
+            *models_or_pairs: models, ``(model, optimizer)`` pairs or ``(model, optimizer, scheduler)`` triples, lists
+                of models; None passes through (a reference that is not used), and so do triples of it. A model without
+                an optimizer, neither in its tuple nor made by `create_optimizer`, is frozen and set to eval mode.
             is_rlhf: accepted for LightRFT's callers. The roles follow from the optimizers, so it changes nothing here.
 
         Returns:
@@ -307,9 +321,17 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
         prepared = tuple(self._prepare_one(item) for item in models_or_pairs)
         return prepared[0] if len(prepared) == 1 else prepared
 
+    def _prepare_later(self, model: nn.Module) -> None:
+        """Let `create_optimizer` prepare the model."""
+        self._models.setdefault(model, _Trained()).prepared = True
+
     def _prepare_one(self, item: Any) -> Any:
         if item is None:
             return None
+        if isinstance(item, tuple | list) and item and item[0] is None:  # no critic
+            return item
+        if isinstance(item, list) and all(isinstance(one, nn.Module) for one in item):
+            return [self._prepare_one(one) for one in item]
         model, *rest = item if isinstance(item, tuple | list) else (item,)
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -512,12 +534,32 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             nn.utils.clip_grads_with_norm_(parameters, self.config.max_norm, norm)
         return norm
 
-    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+    def moving_average(
+        self,
+        model: nn.Module,
+        ema: nn.Module | None = None,
+        beta: float = 0.992,
+        device: Any = None,
+        model_ema: nn.Module | None = None,
+    ) -> None:
         """Update `ema` in place: ``ema = beta · ema + (1 − beta) · model``; buffers are copied.
+
+        Args:
+            model: the model in training.
+            ema: its average.
+            beta: share that stays.
+            device: of LightRFT's callers; the average is computed where it is.
+            model_ema: LightRFT's name of `ema`.
 
         Raises:
             ValueError: `ema` has weights of 16 bits, where so small a change is rounded away.
         """
+        average = ema if model_ema is None else model_ema
+        if average is None:
+            raise TypeError("moving_average() needs a model and its average")
+        self._average(model, average, beta)
+
+    def _average(self, model: nn.Module, ema: nn.Module, beta: float) -> None:
         low = next((p.dtype for p in ema.parameters() if p.dtype in LOW), None)
         if low is not None:
             raise ValueError(
@@ -585,15 +627,16 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
 
     def setup_dataloader(
         self,
-        dataset: Dataset[Any],
-        batch_size: int,
+        dataset: Dataset[Any] | None = None,
+        batch_size: int | None = None,
         pin_memory: bool = False,
         shuffle: bool = True,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         drop_last: bool = True,
+        sampler: Any = None,
         consumed_samples: int = 0,
         **kwargs: Any,
-    ) -> ResumableDataLoader:
+    ) -> DataLoader[Any]:
         """A data loader that gives each rank its share, reshuffles every epoch and can start in the middle.
 
         Args:
@@ -603,11 +646,20 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
             shuffle: a new order every epoch, fixed by `config.seed`.
             collate_fn: how samples become a batch.
             drop_last: leave out the last, incomplete batch.
+            sampler: which samples, in place of all that is said above about ranks, epochs and starting in the middle.
             consumed_samples: samples, over all ranks, already seen in this epoch.
-            **kwargs: further keywords of `torch.utils.data.DataLoader`.
+            **kwargs: further keywords of `torch.utils.data.DataLoader`; ``replay_buffer`` is another name of `dataset`.
         """
         from lightrft_lightning.data import make_dataloader
 
+        dataset = kwargs.pop("replay_buffer", dataset)
+        if dataset is None or batch_size is None:
+            raise TypeError("setup_dataloader() needs a data set and a batch_size")
+        if sampler is not None:
+            if consumed_samples:
+                raise ValueError(f"setup_dataloader(consumed_samples={consumed_samples}): the sampler has to know this")
+            kwargs |= {"collate_fn": collate_fn, "pin_memory": pin_memory, "drop_last": drop_last}
+            return DataLoader(dataset, batch_size, sampler=sampler, **kwargs)
         return make_dataloader(
             dataset, batch_size, num_replicas=self.world_size, rank=self.global_rank, shuffle=shuffle,
             seed=self.config.seed, drop_last=drop_last, consumed_samples=consumed_samples, collate_fn=collate_fn,
@@ -661,20 +713,40 @@ class StrategyBase(InferenceEngines, Checkpoints, Strategy):
 
     # ---------------------------------------------------------------- memory
 
-    def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Move the optimizer's state to CPU memory; nothing to do where it is there already."""
-        _state_to(optimizer, torch.device("cpu"))
+        self._move_moments(optimizer, torch.device("cpu"))
+        return optimizer
 
-    def maybe_load_optimizer(self, optimizer: Optimizer) -> None:
-        """Move the optimizer's state back to the device."""
-        _state_to(optimizer, self.root_device)
+    def maybe_load_optimizer(self, optimizer: Optimizer, device: Any = None) -> Optimizer:
+        """Move the optimizer's state back to the device, which is always the strategy's."""
+        self._move_moments(optimizer, self.root_device)
+        return optimizer
 
-    def offload_model(self, model: nn.Module) -> None:
-        """Move the model to CPU memory; nothing to do where it is there already."""
+    def offload_model(self, model: Any, empty_cache: bool = True) -> None:
+        """Move a model, or a list of them, to CPU memory; nothing to do where it is there already.
+
+        Args:
+            model: one or several.
+            empty_cache: give the device's memory back to it at once.
+        """
+        for one in model if isinstance(model, list | tuple) else (model,):
+            self._offload(one)
+        if empty_cache and self.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reload_model(self, model: Any) -> None:
+        """Move a model, or a list of them, back to the device."""
+        for one in model if isinstance(model, list | tuple) else (model,):
+            self._reload(one)
+
+    def _move_moments(self, optimizer: Optimizer, device: torch.device) -> None:
+        _state_to(optimizer, device)
+
+    def _offload(self, model: nn.Module) -> None:
         model.to("cpu")
 
-    def reload_model(self, model: nn.Module) -> None:
-        """Move the model back to the device."""
+    def _reload(self, model: nn.Module) -> None:
         model.to(self.root_device)
 
 

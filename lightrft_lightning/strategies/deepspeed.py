@@ -93,10 +93,11 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     """
 
     strategy_name = "lightrft_deepspeed"
+    positional = ("seed", "max_norm", "micro_train_batch_size", "train_batch_size", "zero_stage", "bf16", "args")
 
     def __init__(
         self,
-        *,
+        *positional: Any,
         deepspeed_config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         timeout: timedelta | None = None,
         **kwargs: Any,
@@ -109,7 +110,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         for theirs, ours in (("stage", "zero_stage"), ("offload_optimizer", "adam_offload")):
             if theirs in kwargs:
                 kwargs.setdefault(ours, kwargs.pop(theirs))
-        super().__init__(**kwargs)
+        super().__init__(*positional, **kwargs)
         self._timeout = timeout or DEFAULT_TIMEOUT
         self._zero, self._averages = WeakKeyDictionary(), WeakIdKeyDictionary()
         self._streamed: WeakKeyDictionary[nn.Module, Streamed] = WeakKeyDictionary()
@@ -403,7 +404,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
                     yield name, parameter.detach()
 
     @override
-    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+    def _average(self, model: nn.Module, ema: nn.Module, beta: float) -> None:
         with torch.no_grad():
             for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
                 there, here = self._part(average), self._part(parameter)
@@ -419,13 +420,6 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     # ---------------------------------------------------------------- memory; on a CPU it is all the same memory
 
     @override
-    def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:
-        self._move_moments(optimizer, torch.device("cpu"))
-
-    @override
-    def maybe_load_optimizer(self, optimizer: Optimizer) -> None:
-        self._move_moments(optimizer, self.root_device)
-
     def _move_moments(self, optimizer: Optimizer, device: torch.device) -> None:
         zero = self._zero_of(optimizer)
         if not self.config.adam_offload:
@@ -435,7 +429,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
                         value.data = value.data.to(device)
 
     @override
-    def offload_model(self, model: nn.Module) -> None:
+    def _offload(self, model: nn.Module) -> None:
         if self.root_device.type != "cpu":
             for zero in self._engines_in(model):
                 zero.offload()
@@ -443,7 +437,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
                 model.to("cpu")
 
     @override
-    def reload_model(self, model: nn.Module) -> None:
+    def _reload(self, model: nn.Module) -> None:
         if self.root_device.type != "cpu":
             for zero in self._engines_in(model):
                 zero.reload(self.root_device)

@@ -117,11 +117,12 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
     # ---------------------------------------------------------------- start
 
     @override
-    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+    def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
         """Join the process group that the launcher describes (torchrun, SLURM, ...), or start one of one process.
 
         Args:
             timeout: how long a collective may take before it is an error; default: the strategy's own.
+            num_gpu_per_node: see `StrategyBase`.
 
         Raises:
             ValueError: environment variables that contradict each other, or batch sizes that do not divide.

@@ -33,8 +33,8 @@ class FakeStrategy(StrategyBase, SingleDeviceStrategy):
         """
         return hasattr(self.lightning_module, "_given")
 
-    def __init__(self, *, device: str | torch.device | None = None, **kwargs: Any) -> None:
-        super().__init__(device="cpu" if device is None else device, **kwargs)
+    def __init__(self, *positional: Any, device: str | torch.device | None = None, **kwargs: Any) -> None:
+        super().__init__(*positional, device="cpu" if device is None else device, **kwargs)
         self._device_given = device is not None
 
     @property

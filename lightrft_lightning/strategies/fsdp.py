@@ -6,7 +6,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,15 +75,17 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     """
 
     strategy_name = "lightrft_fsdp"
+    positional = ("seed", "max_norm", "micro_train_batch_size", "train_batch_size", "bf16", "args")
 
     def __init__(
         self,
-        *,
+        *positional: Any,
         timeout: timedelta | None = None,
         process_group_backend: str | None = None,
         reshard_after_forward: bool = True,
         **kwargs: Any,
     ) -> None:
+        kwargs = self._named(positional, kwargs)
         if kwargs.get("config") is None and kwargs.get("args") is None:
             kwargs.setdefault("fsdp", True)
         super().__init__(process_group_backend=process_group_backend, **kwargs)
@@ -92,8 +94,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def _checked_config(self, config: StrategyConfig) -> StrategyConfig:
-        if config.adam_offload:
-            raise ValueError("adam_offload=True is DeepSpeed's; FSDP2's is fsdp_cpu_offload=True")
+        if config.adam_offload and config.fsdp_cpu_offload:
+            config = config.replace(adam_offload=False)  # the optimizer's state is where the parameters are
         if config.grad_accum_dtype not in (None, "fp32"):
             raise ValueError(f"grad_accum_dtype={config.grad_accum_dtype!r}: FSDP2 accumulates and reduces in fp32")
         if config.fsdp:
@@ -105,7 +107,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     # ---------------------------------------------------------------- start
 
     @override
-    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+    def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
         super().setup_distributed(timeout)
         self._make_mesh()
 
@@ -303,6 +305,16 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             unit._get_fsdp_state()._root_post_backward_final_callback()
 
     @override
+    def _make_step(self, optimizer: Any, step: Callable[[], Any]) -> None:
+        """With ``adam_offload`` the optimizer's state is on the device for its own step only."""
+        raw = getattr(optimizer, "optimizer", optimizer)
+        if self.config.adam_offload:
+            self._move_moments(raw, self.root_device)
+        super()._make_step(optimizer, step)
+        if self.config.adam_offload:
+            self._move_moments(raw, torch.device("cpu"))
+
+    @override
     def _clip(self, parameters: Sequence[Tensor]) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -341,10 +353,10 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         return super()._weights_in_use(model, names)
 
     @override
-    def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992) -> None:
+    def _average(self, model: nn.Module, ema: nn.Module, beta: float) -> None:
         reshard(model)
         reshard(ema)
-        super().moving_average(model, ema, beta)
+        super()._average(model, ema, beta)
 
     # ---------------------------------------------------------------- checkpoints
 

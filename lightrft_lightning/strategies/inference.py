@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ class InferenceEngines:
         engine_type: str | RolloutEngine | None = None,
         actor: nn.Module | None = None,
         tokenizer: Any = None,
+        args: Any = None,
     ) -> RolloutEngine:
         """Build the engine that generates, and keep it as `inference_engine`.
 
@@ -37,6 +39,7 @@ class InferenceEngines:
                 ``VLLMRollout(engine_args={...})``; default `config.engine_type`.
             actor: the model whose weights the engine generates with.
             tokenizer: its tokenizer; default: the one of the folder that the actor was loaded from.
+            args: LightRFT's name of `config`.
 
         Raises:
             ValueError: an unknown engine, or no actor.
@@ -44,6 +47,7 @@ class InferenceEngines:
         """
         from lightrft_lightning.engines.factory import create_engine
 
+        config = args if config is None else config
         settings = self.config if config is None else StrategyConfig.from_args(config)
         self.inference_engine = create_engine(engine_type or settings.engine_type, settings, actor, tokenizer, self)  # type: ignore[arg-type]
         return self.inference_engine
@@ -75,6 +79,9 @@ class InferenceEngines:
         all_prompts: Sequence[str] | None = None,
         all_images: Sequence[Any] | None = None,
         sleep_engine: bool = True,
+        images_num: Sequence[int] | None = None,
+        all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
         """Generate for this rank's prompts with the strategy's engine.
 
@@ -84,6 +91,9 @@ class InferenceEngines:
             all_prompts: prompts as text, tokenised by the engine's tokenizer.
             all_images: for each prompt its images, one for each placeholder in it; refused by engines of text models.
             sleep_engine: let the engine sleep afterwards if `enable_engine_sleep` is set.
+            images_num: how many images each prompt has, if `all_images` is one flat list.
+            all_videos: refused, unless there are none;
+            videos_num: likewise.
 
         Returns:
             For each prompt, in order, its completions: token ids, log-probabilities and finish reason.
@@ -91,6 +101,9 @@ class InferenceEngines:
         from lightrft_lightning.experience.trajectory import SamplingParams
 
         engine = self._engine()
+        if any(video for video in all_videos or ()) or any(videos_num or ()):
+            raise ValueError("all_videos: engines take text and images")
+        all_images = _by_prompt(all_images, images_num)
         if all_images is not None and not engine.takes_images:
             raise ValueError(f"all_images: {type(engine).__name__} generates from text only, with this model")
         if (all_prompt_token_ids is None) == (all_prompts is None):
@@ -135,3 +148,15 @@ class InferenceEngines:
 
 def _as_list(engines: Any) -> Iterator[Any]:
     return iter(engines) if isinstance(engines, Iterable) else iter((engines,))
+
+
+def _by_prompt(images: Sequence[Any] | None, counts: Sequence[int] | None) -> Sequence[Any] | None:
+    """The images of each prompt; None if there are none at all."""
+    if images is None or all(image is None for image in images):
+        return None
+    if counts is None or all(of_one is None or isinstance(of_one, list | tuple) for of_one in images):
+        return [[] if of_one is None else of_one for of_one in images]
+    if sum(counts) != len(images):
+        raise ValueError(f"images_num says {sum(counts)} images, all_images has {len(images)}")
+    ends = list(itertools.accumulate(counts))
+    return [list(images[end - count : end]) for count, end in zip(counts, ends, strict=True)]
