@@ -18,7 +18,7 @@ child = os.fork()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if child:
     print({_process.ANNOUNCEMENT!r} + memory.name, flush=True)
-time.sleep(1000)
+time.sleep(60)
 """
 
 
