@@ -162,14 +162,12 @@ class SGLangRollout(ServedRollout):
             try:
                 client.text("GET", "/ready", None, end - time.monotonic())
                 break
-            except Hanging:
-                raise
             except Unreachable as err:
                 if server is None:
                     raise
                 if not server.alive(0.2):
                     raise Unreachable(f"the server ended at its start with exit code {server.exit_code()}") from err
-                if time.monotonic() > end:
+                if isinstance(err, Hanging) or time.monotonic() > end:
                     raise Hanging("the server did not start in time") from err
                 noted = noted or server.note_files()
         if server is not None:

@@ -329,6 +329,14 @@ def test_without_sglang_the_extra_is_named(monkeypatch):
         SGLangRollout()
 
 
+def test_a_server_that_does_not_start_in_time(strategy, monkeypatch):
+    monkeypatch.setattr("lightrft_lightning.engines.sglang.START", 0.5)
+    engine = SGLangRollout(deadline=0.5)
+    with pytest.raises(EngineError, match=r"SGLangRollout\('sglang'\): the server did not start in time"):
+        strategy.setup_inference_engine(engine_type=engine, actor=model_with(), tokenizer=TOKENIZER)
+    assert engine._server is None and engine._folder is None
+
+
 def test_a_server_that_is_not_there(strategy):
     from lightrft_lightning.engines.sglang_process import free_port
 
