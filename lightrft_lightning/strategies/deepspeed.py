@@ -146,6 +146,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     @override
     def setup_environment(self) -> None:
         self.precision_plugin = ZeroPrecision(self._checked_precision(), self)
+        if self.config.zero_stage == 3:
+            self._refuse_whole_copies()
         self._join_trainers_process_group()
 
     @override

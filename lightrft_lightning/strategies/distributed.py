@@ -17,6 +17,7 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -182,6 +183,16 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
                 f"{', '.join(PRECISIONS)}; choose one of these"
             )
         return precision
+
+    def _refuse_whole_copies(self) -> None:
+        """Refuse callbacks that copy the weights before they are sharded, and put them together afterwards."""
+        assert self.lightning_module is not None
+        for callback in self.lightning_module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} averages a copy of whole weights, which {self.strategy_name} shards: "
+                    "average two prepared models with strategy.moving_average, or take one process or ZeRO-2"
+                )
 
     # ---------------------------------------------------------------- evaluation in a Trainer
 

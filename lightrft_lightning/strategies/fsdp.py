@@ -114,6 +114,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         self._checked_precision()
+        self._refuse_whole_copies()
         # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
         self._join_trainers_process_group()
         self._make_mesh()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from fsdp_trainer import ActorCritic, Loose, Plain, alone, data, nothing_on_rank_1, whole
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightrft_lightning import DeepspeedStrategy, PromptDataModule, RLHFModule, SamplingParams, TransformersRollout
@@ -214,6 +215,8 @@ def check_refusals():
                 trainer(stage).fit(Several(), data())
             with pytest.raises(MisconfigurationException, match=r"optimizers 0 and 1 share the submodule Interleaved"):
                 trainer(stage).fit(Interleaved(), data())
+        with pytest.raises(MisconfigurationException, match="EMAWeightAveraging averages a copy of whole weights"):
+            trainer(3, callbacks=[EMAWeightAveraging()]).fit(Plain(), data())
         with pytest.raises(MisconfigurationException, match=r"precision='bf16-true'.*32-true, bf16-mixed, 16-mixed"):
             trainer("lightrft_deepspeed", precision="bf16-true").fit(Plain(), data())
         with pytest.raises(

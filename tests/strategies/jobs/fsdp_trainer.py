@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -229,6 +230,11 @@ class Stale(Early):
 def check_an_optimizer_with_a_state_of_whole_weights_is_refused():
     with checks.unwatched(), pytest.raises(ValueError, match="Adagrad was made before the weights were sharded"):
         trainer().fit(Stale(), data())
+
+
+def check_an_average_of_whole_weights_is_refused():
+    with checks.unwatched(), pytest.raises(MisconfigurationException, match="EMAWeightAveraging averages a copy of"):
+        trainer(callbacks=[EMAWeightAveraging()]).fit(Plain(), data())
 
 
 class InferenceMode(pl.Callback):
