@@ -16,8 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft_lightning._errors import import_extra
-from lightrft_lightning.checkpoints import store
-from lightrft_lightning.checkpoints.files import check_archive
+from lightrft_lightning.checkpoints import files, store
 from lightrft_lightning.checkpoints.trainer_state import as_stored
 from lightrft_lightning.config import StrategyConfig
 
@@ -162,7 +161,7 @@ class LightRFTCalls:
         Args:
             model: the model.
             path: a file of `torch.save` with a state dict, or a folder that `load_ckpt` reads.
-            map_location: where a file is read to before.
+            map_location: no effect: a file is read into CPU memory, and goes from there to where the model is.
             strict: every tensor of the model must be there and no other.
             key_replace_fn: changes the names in a file.
 
@@ -175,8 +174,7 @@ class LightRFTCalls:
             return
 
         def read() -> Mapping[str, Any]:
-            check_archive(path)
-            found: Mapping[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+            found: Mapping[str, Any] = files.load(path)
             return found if key_replace_fn is None else key_replace_fn(found)
 
         ranks = self._join_ranks()  # type: ignore[attr-defined]

@@ -104,6 +104,7 @@ def test_ids_without_an_embedding_are_refused(engine):
 
 def test_all_images_of_a_prompt_are_sent(engine, monkeypatch):
     """The stand-in's model takes none, so what is sent is looked at."""
+    monkeypatch.setattr(engine, "takes_images", True)
     sent = []
     ask = engine._client.groups
     monkeypatch.setattr(engine._client, "groups", lambda bodies, deadline: sent.append(bodies) or ask(bodies, deadline))

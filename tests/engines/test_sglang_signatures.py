@@ -64,6 +64,7 @@ def said(tmp_path_factory):
         ):
             engine.generate(prompts, sampling)
         picture = Image.new("RGB", (4, 4))
+        engine.takes_images = True  # the stand-in's model does not
         engine.generate(prompts, SamplingParams(n=2, max_new_tokens=4), images=[[picture, picture], [picture]])
         strategy.update_engine_weights(model)
         engine.sleep(1)

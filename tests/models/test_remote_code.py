@@ -74,8 +74,8 @@ WAYS = {
     "scalar model": load_scalar_model,
     "critic": lambda folder: new_critic(Critic(model=str(folder)), None, None),
     "plan": lambda folder: build(Planned(model=str(folder))),
-    "hosted": lambda folder: create_hosted("transformers", {})[0].start(str(folder)),
-    "hosted without weights": lambda folder: create_hosted("transformers", {})[0].start(str(folder), "dummy"),
+    "hosted": lambda folder: create_hosted("transformers", {}).start(str(folder)),
+    "hosted without weights": lambda folder: create_hosted("transformers", {}).start(str(folder), "dummy"),
     "convert": lambda folder: convert.convert(str(folder), str(folder.parent / "out")),
 }
 
