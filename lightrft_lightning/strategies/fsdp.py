@@ -36,10 +36,12 @@ from lightrft_lightning.strategies.base import _Trained, model_of
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.sharding import (
+    KEPT_WHOLE,
     Replaced,
     check_holds_sharded,
     check_sharded,
     families,
+    free_if_evaluated,
     reshard,
     roots,
     shard_family,
@@ -226,18 +228,10 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             if model in folders:
                 self._materialize(model, folders[model])
             self._rest_to_device(model)
-            model.register_forward_hook(self._free_if_evaluated)
+            model.register_forward_hook(free_if_evaluated)
         replaced.repoint()
         if root is not None:
             start(root)
-
-    def _free_if_evaluated(self, model: nn.Module, *args: Any) -> None:
-        """No backward pass follows, which would free the root: until then its parameters are not the optimizer's."""
-        if not torch.is_grad_enabled() and not self._whole:
-            reshard(model)
-
-    _whole = 0
-    """How many `gathered_parameters` there are around this."""
 
     def _rest_to_device(self, model: nn.Module) -> None:
         """Everything but offloaded parameters."""
@@ -333,11 +327,11 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         for unit in inside:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
-        self._whole += 1
+        KEPT_WHOLE.update(inside)
         try:
             yield
         finally:
-            self._whole -= 1
+            KEPT_WHOLE.difference_update(inside)
             for unit, flag in zip(inside, freed, strict=True):
                 unit.reshard()
                 unit.set_reshard_after_forward(flag, recurse=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -174,6 +176,17 @@ def reshard(model: nn.Module) -> None:
     """Free what a forward pass has left gathered: until then the parameters are other objects than the sharded ones."""
     for unit in units(model):
         unit.reshard()
+
+
+KEPT_WHOLE: WeakSet[Any] = WeakSet()
+"""Modules that are whole for a while, for forward passes that each rank makes by itself. Of this process, not of a
+strategy: a model outlives the one that has sharded it."""
+
+
+def free_if_evaluated(model: nn.Module, *args: Any) -> None:
+    """A forward hook: without a backward pass, nothing else frees the root and makes its parameters the optimizer's."""
+    if not torch.is_grad_enabled() and model not in KEPT_WHOLE:
+        reshard(model)
 
 
 def units(model: nn.Module) -> Iterator[FSDPModule]:

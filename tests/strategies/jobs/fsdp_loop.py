@@ -176,11 +176,12 @@ def check_fp16_scales_the_loss():
 def check_ranks_may_run_unequal_numbers_of_passes_when_gathered():
     s = strategy()
     model, optimizer = trained(s)
-    with torch.no_grad(), s.gathered_parameters(model):
-        for _ in range(1 + 3 * s.get_rank()):
-            logits = model(IDS).logits
-    same(logits, llama()(IDS).logits)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    for gathers in (s, strategy()):  # also one that has not sharded it, as in a second Trainer
+        with torch.no_grad(), gathers.gathered_parameters(model):
+            for _ in range(1 + 3 * s.get_rank()):
+                logits = model(IDS).logits
+        same(logits, llama()(IDS).logits)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
     s.backward(loss_of(model), model, optimizer)
     assert s.optimizer_step(optimizer, model, None) > 0
     # Parameters are freed after each block again.
