@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +60,7 @@ class _Trained:
     scheduler: Any = None
     frozen: tuple[nn.Parameter, ...] = ()
     prepared: bool = False
+    """Whether `create_optimizer` has to put it into the hands of the back end."""
     scaler: torch.amp.GradScaler | None = None
     """Loss scale, in float16 only."""
     engine: Any = None
@@ -330,7 +331,7 @@ class StrategyBase(InferenceEngines, Checkpoints, LightRFTCalls, Strategy):
             return None
         if isinstance(item, tuple | list) and item and item[0] is None:  # no critic
             return item
-        if isinstance(item, list) and all(isinstance(one, nn.Module) for one in item):
+        if _are_models(item):
             return [self._prepare_one(one) for one in item]
         model, *rest = item if isinstance(item, tuple | list) else (item,)
         if not isinstance(model, nn.Module):
@@ -777,10 +778,17 @@ def check_one_scale(further: Sequence[Any]) -> None:
         raise ValueError("a loss through several models cannot be scaled for float16: use bfloat16 or float32")
 
 
-def model_of(item: Any) -> nn.Module | None:
-    """The model in an argument of `prepare`; None if there is none, which `prepare` then says."""
-    model = item[0] if isinstance(item, tuple | list) and item else item
-    return model if isinstance(model, nn.Module) else None
+def pairs_in(items: Iterable[Any]) -> Iterator[tuple[nn.Module, Any]]:
+    """The models in arguments of `prepare`, each with the optimizer next to it or None."""
+    for item in items:
+        for one in item if _are_models(item) else (item,):
+            model, optimizer, *_ = (*one, None, None) if isinstance(one, tuple | list) else (one, None)
+            if isinstance(model, nn.Module):  # `prepare` refuses what is none
+                yield model, optimizer
+
+
+def _are_models(item: Any) -> bool:
+    return isinstance(item, list) and all(isinstance(one, nn.Module) for one in item)
 
 
 def _check_holds(optimizer: Any, model: nn.Module) -> None:

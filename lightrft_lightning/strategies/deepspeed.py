@@ -37,7 +37,7 @@ from lightrft_lightning.strategies._zero_config import (
 from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
 from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
-from lightrft_lightning.strategies.base import _Trained, check_one_scale, model_of
+from lightrft_lightning.strategies.base import _Trained, check_one_scale, pairs_in
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
 
     @override
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
-        _check_apart([*filter(None, map(model_of, models_or_pairs)), *self._zero])
+        _check_apart([*(model for model, _ in pairs_in(models_or_pairs)), *self._zero])
         return super().prepare(*models_or_pairs, is_rlhf=is_rlhf)
 
     @override

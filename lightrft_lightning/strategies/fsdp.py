@@ -32,7 +32,7 @@ from typing_extensions import override
 from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
 from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
-from lightrft_lightning.strategies.base import _Trained, model_of
+from lightrft_lightning.strategies.base import _Trained, pairs_in
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.sharding import (
@@ -186,12 +186,12 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:
-        for family in families(filter(None, map(model_of, models_or_pairs))):
+        pairs = list(pairs_in(models_or_pairs))
+        trained = {model for model, optimizer in pairs if optimizer is not None}
+        trained |= {model for model, _ in pairs if model in self._models and self._models[model].optimizer is not None}
+        for family in families(model for model, _ in pairs):
             if len(family) > 1:  # those that share nothing follow one by one
-                pairs = [item for item in models_or_pairs if isinstance(item, tuple | list)]
-                trained = any(model_of(pair) is model and pair[1] is not None for pair in pairs for model in family)
-                known = any(model in self._models and self._models[model].optimizer is not None for model in family)
-                self._shard(family, trained or known)
+                self._shard(family, not trained.isdisjoint(family))
         return super().prepare(*models_or_pairs, is_rlhf=is_rlhf)
 
     @override

@@ -26,13 +26,18 @@ def blocks(model: nn.Module, among: Sequence[nn.Module] = ()) -> Iterator[nn.Mod
         model: the model.
         among: all models that may share parameters with it, if there are others.
     """
+    yield from _apart(dict.fromkeys(_repeated(model)), among or (model,))
+
+
+def _apart(modules: Iterable[nn.Module], among: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Those of the modules that share no parameter with what is outside of them in `among`."""
     holders: dict[nn.Parameter, set[nn.Module]] = {}
-    for module, _, parameter in _slots(among or (model,)):
+    for module, _, parameter in _slots(among):
         holders.setdefault(parameter, set()).add(module)
-    for block in dict.fromkeys(_repeated(model)):
-        inside = set(block.modules())
-        if all(holders[parameter] <= inside for parameter in block.parameters()):
-            yield block
+    for module in modules:
+        inside = set(module.modules())
+        if all(holders[parameter] <= inside for parameter in module.parameters()):
+            yield module
 
 
 def _repeated(model: nn.Module) -> Iterator[nn.Module]:
@@ -88,12 +93,10 @@ def shard_family(family: Sequence[nn.Module], reshard: bool, reshard_root: bool,
         The root of those that FSDP2 would take for roots of their own, for `start`; None if there is one.
     """
     tops = [model for model in family if not any(model in set(o.modules()) for o in family if o is not model)]
-    for model in sorted(family, key=lambda model: model in tops):
-        for block in blocks(model, family):
-            if not isinstance(block, FSDPModule):
-                fully_shard(block, reshard_after_forward=reshard, **settings)
-        if model not in tops and not isinstance(model, FSDPModule):
-            fully_shard(model, reshard_after_forward=reshard, **settings)
+    inner_first = sorted(family, key=lambda model: sum(1 for _ in model.modules()))
+    parts = [part for model in inner_first for part in (*_repeated(model), *([] if model in tops else [model]))]
+    for part in list(_apart(dict.fromkeys(parts), family)):
+        fully_shard(part, reshard_after_forward=reshard, **settings)
     if len(tops) == 1:
         fully_shard(tops[0], reshard_after_forward=reshard_root, **settings)
         return tops[0] if len(family) > 1 else None

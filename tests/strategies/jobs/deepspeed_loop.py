@@ -11,7 +11,7 @@ import checks
 import pytest
 import torch
 from torch import nn
-from toys import IDS, llama, loss_of, same, trained
+from toys import IDS, llama, loss_of, makes_its_optimizer_after_prepare, same, trained
 
 from lightrft_lightning import DeepspeedStrategy, FakeStrategy
 from lightrft_lightning.experience.packing import pack
@@ -316,20 +316,8 @@ def check_a_trunk_of_two_models_is_refused():
 
 
 def check_an_optimizer_made_after_prepare():
-    """In the order of LightRFT's page."""
-    one, plain = FakeStrategy(), llama()
-    single = one.create_optimizer(plain)
-    one.backward(loss_of(plain), plain, single)
-    expected = one.optimizer_step(single, plain, None)
     for stage in (1, 2, 3):
-        s = strategy(stage)
-        actor = s.prepare(llama(), is_rlhf=True)
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM is frozen, because prepare\(model\) came without its"):
-            s.backward(loss_of(actor), actor, None)
-        optimizer = s.create_optimizer(actor)
-        s.backward(loss_of(actor), actor, optimizer)
-        norm = s.optimizer_step(optimizer, actor, None)
-        assert norm == pytest.approx(expected, rel=1e-5)
+        makes_its_optimizer_after_prepare(strategy(stage))
 
 
 def check_export():

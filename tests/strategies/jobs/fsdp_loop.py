@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from toys import IDS, llama, loss_of, same, trained
+from toys import IDS, llama, loss_of, makes_its_optimizer_after_prepare, same, trained
 
 from lightrft_lightning import FakeStrategy, FSDPV2Strategy
 from lightrft_lightning.engines.weight_sync import PolicyWeights
@@ -386,19 +386,7 @@ def check_ties_inside_a_model():
 
 
 def check_an_optimizer_made_after_prepare():
-    """In the order of LightRFT's page."""
-    one, plain = FakeStrategy(), llama()
-    single = one.create_optimizer(plain)
-    one.backward(loss_of(plain), plain, single)
-    expected = one.optimizer_step(single, plain, None)
-    s = strategy()
-    actor = s.prepare(llama(), is_rlhf=True)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is frozen, because prepare\(model\) came without its"):
-        s.backward(loss_of(actor), actor, None)
-    optimizer = s.create_optimizer(actor)
-    s.backward(loss_of(actor), actor, optimizer)
-    norm = s.optimizer_step(optimizer, actor, None)
-    assert norm == pytest.approx(expected, rel=1e-5)
+    makes_its_optimizer_after_prepare(strategy())
 
 
 def check_refusals():

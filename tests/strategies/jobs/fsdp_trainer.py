@@ -175,6 +175,23 @@ class Nested(Plain):
         return super().training_step(batch, batch_idx) + self.first(batch[0]).square().mean()
 
 
+class Aliases(Plain):
+    """Parts within parts are children too; one is called by itself, another shares a weight with what is around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+        self.net = nn.Sequential(self.inner, nn.Linear(6, 6), self.net)
+        self.innermost = self.inner[1]
+        self.net[1].weight = self.inner[0].weight
+        with torch.no_grad():
+            for i, parameter in enumerate(self.net.parameters()):
+                parameter.copy_(torch.linspace(-0.3, 0.2 + 0.01 * i, parameter.numel()).view_as(parameter))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.innermost(batch[0]).square().mean()
+
+
 class Early(Plain):
     """Its optimizer is older than the shards."""
 
@@ -211,7 +228,7 @@ class Clamped(Plain):
 
 
 def check_modules_of_any_habit_train_as_in_one_process():
-    for make in (Tied, Nested, Early, Own, Clamped):
+    for make in (Tied, Nested, Aliases, Early, Own, Clamped):
         t, module = trainer(), make()
         t.fit(module, data(), data())
         _, reference = alone(make())
