@@ -7,28 +7,32 @@ read again and compared; one that differs does not stay.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lightrft_lightning._errors import import_extra
-from lightrft_lightning.checkpoints import folder, foreign, owners, store
+from lightrft_lightning._errors import import_extra, unknown_name
+from lightrft_lightning.checkpoints import folder, foreign, owners, single_file, store
 from lightrft_lightning.checkpoints.adapters import Made, alone, merged
 from lightrft_lightning.checkpoints.files import plain_file
-from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo
+from lightrft_lightning.checkpoints.flat import FlatTensor, TensorInfo, same_bits
 from lightrft_lightning.checkpoints.folder import CheckpointError, Place
 from lightrft_lightning.checkpoints.foreign import HuggingFaceFolder, OwnFolder, Source
 from lightrft_lightning.models.config_values import check_config_file
+from lightrft_lightning.models.loading import MODEL_SOURCES, load_tokenizer
 from lightrft_lightning.models.merging import PREFIX
 from lightrft_lightning.models.quantized import SCALES, in_numbers, scales
 from lightrft_lightning.models.remote_code import code_refused
+
+log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of one safetensors file, unless a single tensor is larger."""
@@ -50,7 +54,7 @@ class Output:
 def convert(
     src: str,
     dst: str,
-    to: Literal["hf", "ckpt"] = "hf",
+    to: Literal["hf", "ckpt", "lightning"] = "hf",
     module: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     lora: Literal["merge", "keep"] = "merge",
@@ -64,19 +68,22 @@ def convert(
     Args:
         src: a checkpoint of this package (by `save_ckpt` or by a Trainer), of DeepSpeed or of LightRFT, a folder of
             these, or a Hugging Face folder with safetensors files.
-        dst: the folder to write; it must not exist yet.
+        dst: the folder to write, or the file; it must not exist yet.
         to: ``hf``: safetensors files and config.json, as `from_pretrained` and vLLM open them. ``ckpt``: a checkpoint
-            of this package, without optimizer.
+            of this package, without optimizer. ``lightning``: the single file of Lightning's own strategies, from a
+            Trainer's checkpoint, with all that is in it; `fit(ckpt_path=...)` and `load_from_checkpoint` read it with
+            and without this package.
         module: the part to take, e.g. ``actor``; default: the only Hugging Face model in it.
         dtype: of floating-point tensors; default: as they are.
         lora: ``merge`` folds adapters into the weights, ``keep`` writes the adapter alone.
         tag: which checkpoint of a folder; default: what its ``latest`` names.
-        tokenizer: folder whose tokenizer files are copied into a Hugging Face result.
+        tokenizer: folder whose tokenizer files are copied into a Hugging Face result; default: where the model came
+            from, if that is still there.
         model_folder: folder with the model's config.json, for sources that do not say what the model is.
         shard_bytes: most bytes of one safetensors file.
 
     Returns:
-        The folder that was written.
+        What was written.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -85,13 +92,20 @@ def convert(
         CheckpointError: the source is damaged, or the result is not what it should be. Nothing is left then.
     """
     target = Path(dst)
+    for name, value in (("to", to), ("dtype", dtype), ("lora", lora)):
+        if value not in (allowed := _names(name)) and not (name == "dtype" and value is None):
+            raise ValueError(unknown_name(name, value, allowed))
     if target.exists():
-        raise FileExistsError(f"{target} exists: choose another folder, or remove it first")
+        raise FileExistsError(f"{target} exists: choose another name, or remove it first")
+    if to == "lightning":
+        beside = {"module": module, "dtype": dtype, "tokenizer": tokenizer, "model_folder": model_folder}
+        _write_lightning(Path(src), target, tag, [name for name, value in beside.items() if value is not None])
+        return target
     source = _open(Path(src), tag)
     source, described = _choose(source, module)
     if model_folder is not None:
         described = {**(described or {}), **_described_by(Path(model_folder))}
-    copied = _tokenizer_files(tokenizer, source)
+    copied = _files_beside(tokenizer, source, described or {})
     outputs, described = _outputs(source, described, dtype, lora)
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "ckpt":
@@ -103,8 +117,7 @@ def convert(
     try:
         adapter_only = bool(described and described.get("adapters"))
         _write_hugging_face(temporary, outputs, described, adapter_only, shard_bytes, source.path)
-        for file in copied:
-            shutil.copyfile(file, temporary / file.name)
+        _write_beside(temporary, copied, source, described or {}, adapter_only)
         if not adapter_only:
             _compare(HuggingFaceFolder(temporary), outputs, target)
             _check_architecture(temporary, described, source.path)
@@ -119,6 +132,12 @@ def convert(
         owners.keep(temporary, False)
         source.close()
     return target
+
+
+def _names(argument: str) -> tuple[str, ...]:
+    """What the annotation of an argument of `convert` allows."""
+    hint = get_type_hints(convert)[argument]
+    return tuple(name for part in (hint, *get_args(hint)) for name in get_args(part) if isinstance(name, str))
 
 
 # -------------------------------------------------------------------- the source
@@ -208,10 +227,28 @@ def _outputs(
         if lora == "merge":
             made, described = merged(made, tied, described or {})
         else:
-            made, content = alone(made, tied, described or {}, {prefix + name for name in source.trained})
+            trained = {prefix + name for name in source.trained} or _unlike_the_base(made, described or {}, source.path)
+            made, content = alone(made, tied, described or {}, trained)
             described = {**(described or {}), "adapters": content}
     wanted = None if dtype is None else getattr(torch, dtype)
     return {name: _cast(info, make, wanted) for name, (info, make) in made.items()}, described
+
+
+def _unlike_the_base(made: Made, described: Mapping[str, Any], where: Path) -> set[str]:
+    """What was trained, for a checkpoint without an optimizer: what is not in the folder that the adapter is for."""
+    settings = next(iter(described["adapters"].values()))
+    base = Path(settings.get("base_model_name_or_path") or described.get("started_from") or "")
+    if not (base / "config.json").is_file() or isinstance(settings.get("init_lora_weights"), str):
+        log.warning("%s cannot be compared with the model that its adapter is for: nothing else may be trained", where)
+        return set()
+    source = HuggingFaceFolder(base)
+    changed = set()
+    for name, (info, read) in made.items():
+        plain = name.removeprefix(PREFIX).replace(".base_layer", "")
+        if plain in source.infos and not same_bits(source.read(plain).to(info.dtype), read()):
+            changed.add(name)
+    source.close()
+    return changed
 
 
 def _reader(source: Source, name: str) -> Callable[[], Tensor]:
@@ -289,16 +326,41 @@ def _shards(outputs: Mapping[str, Output], most: int) -> Iterator[list[str]]:
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+_GENERATION = "generation_config.json"
 
 
-def _tokenizer_files(tokenizer: str | None, source: Source) -> list[Path]:
-    origin = Path(tokenizer) if tokenizer is not None else source.path
-    found = [plain_file(origin, name) for name in _TOKENIZER_FILES if (origin / name).exists()]
-    if tokenizer is not None and not any("token" in file.name or "vocab" in file.name for file in found):
+def _files_beside(tokenizer: str | None, source: Source, described: Mapping[str, Any]) -> list[Path]:
+    """The tokenizer's files and the settings of generation, from where the source or its model is."""
+    started = described.get("started_from")
+    origins = [Path(tokenizer)] if tokenizer is not None else [source.path, *([Path(started)] if started else [])]
+    found = next((files for origin in origins if (files := _tokenizer_files(origin))), [])
+    if tokenizer is not None and not found:
         raise FileNotFoundError(f"tokenizer={tokenizer!r}: no tokenizer files there")
-    return found
+    generation = [plain_file(origin, _GENERATION) for origin in origins if (origin / _GENERATION).exists()]
+    return found + generation[:1]
+
+
+def _write_beside(
+    path: Path, files: Sequence[Path], source: Source, described: Mapping[str, Any], adapter_only: bool
+) -> None:
+    for file in files:
+        if not (adapter_only and file.name == _GENERATION):
+            shutil.copyfile(file, path / file.name)
+    if (recorded := described.get("generation_config")) is not None and not adapter_only:
+        (path / _GENERATION).write_text(json.dumps(recorded, indent=2, sort_keys=True))
+    if any(file.name != _GENERATION for file in files):
+        return
+    if (started := described.get("started_from")) in MODEL_SOURCES:  # made by code
+        load_tokenizer(str(started)).save_pretrained(path)
+    else:
+        log.warning("no tokenizer is known for %s: pass tokenizer=<a folder with one>", source.path)
+
+
+def _tokenizer_files(origin: Path) -> list[Path]:
+    found = [plain_file(origin, name) for name in _TOKENIZER_FILES if (origin / name).exists()]
+    return found if any("token" in file.name or "vocab" in file.name for file in found) else []
 
 
 def _check_architecture(path: Path, described: Mapping[str, Any] | None, where: Path) -> None:
@@ -327,7 +389,16 @@ def _check_architecture(path: Path, described: Mapping[str, Any] | None, where: 
             )
 
 
-# -------------------------------------------------------------------- this package's checkpoints
+# -------------------------------------------------------------------- checkpoints
+
+
+def _write_lightning(path: Path, target: Path, tag: str | None, beside: Sequence[str]) -> None:
+    if beside:
+        raise ValueError(f"{beside[0]} has no meaning with to='lightning', which takes the checkpoint as it is")
+    source = _open(path, tag)
+    if not isinstance(source, OwnFolder):
+        raise ValueError(f"to='lightning': {path} is no Trainer's checkpoint of this package")
+    single_file.write(source.stored, target)
 
 
 class _Streamed(FlatTensor):
@@ -377,17 +448,13 @@ def _compare(result: Source, outputs: Mapping[str, Output], where: Path) -> None
         if result.infos != {name: output.info for name, output in outputs.items()}:
             raise CheckpointError(f"{where}: names or shapes are not those of the source")
         for name, output in outputs.items():
-            if not _same(result.read(name), output.make()):
+            if not same_bits(result.read(name), output.make()):
                 raise CheckpointError(f"{where}: {name} does not read back as it was written")
     except BaseException:
         owners.remove_when_free(where)
         raise
     finally:
         result.close()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def main(args: Sequence[str]) -> Path:

@@ -15,9 +15,10 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
 
-from lightrft_lightning import CheckpointError, FakeStrategy
+from lightrft_lightning import CheckpointError, FakeStrategy, RLHFModule
 from lightrft_lightning.cli import main
 from lightrft_lightning.convert import convert
+from lightrft_lightning.models.loading import load_model
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 IDS = torch.arange(10)[None]
@@ -145,6 +146,13 @@ def test_lora(tmp_path, rslora):
     convert(str(tmp_path / "ckpt"), str(tmp_path / "adapter"), lora="keep")
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter").eval()
     assert torch.equal(again(IDS).logits, expected)
+    model.base_model.model.model.norm.weight.data += 1
+    llama().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    FakeStrategy().save_ckpt(model, tmp_path / "beside")
+    with pytest.raises(ValueError, match=r"norm.weight was trained and is no part of the adapter"):
+        convert(str(tmp_path / "beside"), str(tmp_path / "x"), lora="keep")
+    model.base_model.model.model.norm.weight.data -= 1
     with pytest.raises(ValueError, match="use to='hf', or lora='merge'"):
         convert(str(tmp_path / "ckpt"), str(tmp_path / "x"), to="ckpt", lora="keep")
     model.add_adapter("second", settings)
@@ -188,6 +196,76 @@ def test_tokenizer(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_the_result_has_the_tokenizer_and_the_end_tokens_that_the_model_had(tmp_path, caplog):
+    model = tiny_llama(seed=0, width=32, layers=1)
+    model.generation_config.eos_token_id = [2, 5]
+    model.save_pretrained(tmp_path / "base")
+    char_tokenizer().save_pretrained(tmp_path / "base")
+    for made, source in (("found", str(tmp_path / "base")), ("made", "tiny-llama")):
+        FakeStrategy().save_ckpt(load_model(source), tmp_path / f"{made}-ckpt")
+        convert(str(tmp_path / f"{made}-ckpt"), str(tmp_path / made))
+        assert transformers.pipeline("text-generation", str(tmp_path / made))("1+1", max_new_tokens=2)
+        assert RLHFModule(str(tmp_path / made), "exact_match").tokenizer("1+1") == char_tokenizer()("1+1")
+    assert opened(tmp_path / "found").generation_config.eos_token_id == [2, 5] and "no tokenizer" not in caplog.text
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    convert(str(tmp_path / "found-ckpt"), str(tmp_path / "without"))
+    assert "no tokenizer is known" in caplog.text
+    assert opened(tmp_path / "without").generation_config.eos_token_id == [2, 5]
+
+
+class Tied(pl.LightningModule):
+    def __init__(self, width=4):
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(0)
+        self.one, self.other, self.frozen = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(2, 2)
+        self.other.weight = self.one.weight
+        self.frozen.requires_grad_(False)
+
+    def training_step(self, batch):
+        return self.other(self.one(batch).tanh()).square().mean()
+
+    def configure_optimizers(self):
+        groups = [{"params": [self.one.bias], "lr": 0.1}, {"params": [self.one.weight, self.other.bias]}]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.arange(32.0).sin().reshape(8, 4), 2)
+
+
+def fitted(strategy, steps, folder, resumed=None):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        strategy=strategy, accelerator="cpu", devices=1, max_steps=steps, default_root_dir=folder, **quiet
+    )
+    trainer.fit(Tied(), ckpt_path=resumed)
+    return trainer
+
+
+def test_lightnings_single_file_goes_on_with_and_without_this_package(tmp_path):
+    fitted("lightrft_fake", 4, tmp_path).save_checkpoint(tmp_path / "ours.ckpt")
+    convert(str(tmp_path / "ours.ckpt"), str(tmp_path / "new" / "theirs.ckpt"), to="lightning")
+    theirs = tmp_path / "new" / "theirs.ckpt"
+    fitted("auto", 4, tmp_path).save_checkpoint(tmp_path / "stock.ckpt")
+    # Lightning's own strategies do not go on from the end of an epoch as if nothing had been.
+    for strategy, expected in (
+        ("auto", fitted("auto", 8, tmp_path, tmp_path / "stock.ckpt")),
+        ("lightrft_fake", fitted("auto", 8, tmp_path)),
+    ):
+        assert same_weights(fitted(strategy, 8, tmp_path, theirs).model, expected.model), strategy
+    assert same_weights(Tied.load_from_checkpoint(theirs), Tied.load_from_checkpoint(tmp_path / "ours.ckpt"))
+    weights = torch.load(theirs, weights_only=True)["state_dict"]
+    assert weights["one.weight"].data_ptr() == weights["other.weight"].data_ptr()  # once in the file
+    assert [p.name for p in theirs.parent.iterdir()] == ["theirs.ckpt"]
+    with pytest.raises(ValueError, match="dtype has no meaning with to='lightning'"):
+        convert(str(tmp_path / "ours.ckpt"), str(tmp_path / "x"), to="lightning", dtype="bfloat16")
+    FakeStrategy().save_ckpt(nn.Linear(1, 1), tmp_path / "loop")
+    with pytest.raises(CheckpointError, match=r"was written by save_ckpt\(\)"):
+        convert(str(tmp_path / "loop"), str(tmp_path / "x"), to="lightning")
+    assert not (tmp_path / "x").exists()
+
+
 # -------------------------------------------------------------------- what is refused
 
 
@@ -196,7 +274,14 @@ def test_refusals_leave_nothing(tmp_path):
     FakeStrategy().save_ckpt(model, tmp_path / "ckpt", tag="a")
     (tmp_path / "there").mkdir()
     source = str(tmp_path / "ckpt")
-    with pytest.raises(FileExistsError, match="there exists: choose another folder"):
+    for name, value, nearest in (
+        ("to", "lightnin", "lightning"),
+        ("dtype", "bf16", "bfloat16"),
+        ("lora", "keeps", "keep"),
+    ):
+        with pytest.raises(ValueError, match=f"{value}.*{nearest}"):
+            convert(source, str(tmp_path / "x"), **{name: value})
+    with pytest.raises(FileExistsError, match="there exists: choose another name"):
         convert(source, str(tmp_path / "there"))
     with pytest.raises(FileNotFoundError, match=r"nothing to convert at .*nowhere"):
         convert(str(tmp_path / "nowhere"), str(tmp_path / "x"))

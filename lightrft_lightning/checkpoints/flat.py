@@ -146,3 +146,8 @@ def _runs(local: Tensor, shape: tuple[int, ...], start: tuple[int, ...]) -> Iter
         run = local[index]
         offset = first + sum(i * stride for i, stride in zip(index, strides, strict=False))
         yield offset, run if run.ndim == 1 else run.view(-1)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of the same number of elements hold the same bytes; NaN is NaN here."""
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -312,6 +313,10 @@ def _hugging_face(module: nn.Module) -> dict[str, Any] | None:
         return None
     described: dict[str, Any] = {"class": _class_name(base)}
     described["config"] = json.loads(config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    if started_from := getattr(config, "name_or_path", None):
+        described["started_from"] = str(Path(started_from).absolute() if Path(started_from).is_dir() else started_from)
+    if (generation := getattr(base, "generation_config", None)) is not None and base.can_generate():
+        described["generation_config"] = json.loads(generation.to_json_string())
     if adapters is not None:
         plain = {name: adapter.to_dict() for name, adapter in adapters.items()}
         described["adapters"] = json.loads(json.dumps(plain, default=_plain))

@@ -331,6 +331,15 @@ class StoredState(MutableMapping[str, Any]):
         here = {k: TensorInfo(tuple(v.shape), v.dtype) for k, v in self._values.items() if isinstance(v, Tensor)}
         return {**{key: stored[name] for key, name in self._names.items()}, **here}
 
+    def read(self) -> dict[str, Any]:
+        """All of it; keys of one stored tensor get the same object."""
+        read: dict[str, Tensor] = {}
+        for name in self._names.values():
+            if name not in read:
+                assert self._stored is not None
+                read[name] = self._stored.read(name)
+        return {**{key: read[name] for key, name in self._names.items()}, **self._values}
+
     def plain(self) -> dict[str, Any]:
         """What is no tensor."""
         return {key: value for key, value in self._values.items() if not isinstance(value, Tensor)}

@@ -156,7 +156,7 @@ def read(path: Path, ranks: Ranks, weights_only: bool | None, files: CheckpointI
         return ranks.together(lambda: store.readable(path, lambda: _read_file(path, weights_only, files)))
     found = ranks.together(lambda: folder.find(path.parent, path.name))
     stored = store.open_checkpoint(found, ranks)
-    return ranks.together(lambda: _read_folder(stored, ranks, weights_only))
+    return ranks.together(lambda: read_folder(stored, ranks, weights_only))
 
 
 def _read_file(path: Path, weights_only: bool | None, files: CheckpointIO) -> dict[str, Any]:
@@ -166,7 +166,8 @@ def _read_file(path: Path, weights_only: bool | None, files: CheckpointIO) -> di
     return checkpoint
 
 
-def _read_folder(stored: Stored, ranks: Ranks, weights_only: bool | None) -> dict[str, Any]:
+def read_folder(stored: Stored, ranks: Ranks, weights_only: bool | None) -> dict[str, Any]:
+    """As `read`, of a folder that is open."""
     path = stored.path
     try:
         shared = store.readable(path, lambda: stored.shared(weights_only is not False))

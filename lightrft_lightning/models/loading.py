@@ -91,6 +91,7 @@ def load_model(
             made: Any = found.model()
         if attn_implementation is not None:
             made.set_attn_implementation(attn_implementation)
+        made.config.name_or_path = "" if isinstance(source, Mapping) else str(source)
         return made.to(dtype)
     streamed = building_on_meta() and quantization is None
     if streamed and (empty := _without_weights(found, dtype, attn_implementation)) is not None:
