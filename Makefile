@@ -49,7 +49,7 @@ suite: $(VLLM) $(SGLANG)
 	$(BIN)/pytest --quiet --durations=15 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Every table of the README, with what has changed: hours. `make bench ONLY="packing rollout"` makes some of them.
-bench: $(VLLM)
+bench: $(VLLM) $(SGLANG)
 	$(BIN)/python benchmarks/all.py $(if $(ONLY),--only $(ONLY))
 
 clean:

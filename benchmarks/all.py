@@ -52,7 +52,7 @@ BENCHMARKS: dict[str, tuple[list[str], list[str]]] = {
     "growth_memory": (["growth.py", "memory"], ["--groups", "2", "4", "--layers", "1"]),
     "one_step_off": (["one_step_off.py"], ["--iterations", "2", "--layers", "1", "--width", "64", "--prompts", "2"]),
     "bookkeeping": (["bookkeeping.py"], ["--prompts", "2", "--iterations", "1", "--longest", "16"]),
-    "rollout": (["rollout.py"], ["--rounds", "1", "--max-new-tokens", "4", "--n", "2"]),
+    "rollout": (["rollout.py", "--sglang"], ["--rounds", "1", "--max-new-tokens", "4", "--n", "2", "--no-sglang"]),
     "weight_sync": (["weight_sync.py", "--buckets", "128"], ["--rounds", "1"]),
     "families": (["families.py"], ["--only", "llama"]),
     "strategies": (["strategies.py"], ["--rounds", "2", "--only", "lightrft_fake", "lightrft_fsdp"]),

@@ -11,7 +11,9 @@ turn within each round, medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.01)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sglang", action="store_true", help="SGLang too, on a CPU")
+    parser.add_argument("--sglang", action=argparse.BooleanOptionalAction, default=False, help="SGLang too, on a CPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -126,6 +128,7 @@ def main() -> None:
 def sglang_on_cpu(threads: int) -> SGLangRollout:
     """The SGLang that `make test` installs, which its own processes alone must see whole."""
     installed, folder = Path(sys.prefix, ".sglang"), Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     (folder / "sglang").symlink_to(installed / "sglang")
     sys.path.append(str(folder))
     patches = Path(__file__).parents[1] / "tests" / "engines" / "real_sglang"
