@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 SGLANG := $(VENV)/.sglang/.installed
 
-.PHONY: demo test lint suite bench clean
+.PHONY: demo test lint suite ray bench clean
 
 # DeepSpeed's own kernels need CUDA; what the CPU needs it compiles when it is used.
 export DS_BUILD_OPS := 0
@@ -32,6 +32,11 @@ $(SGLANG): $(READY) requirements-sglang-cpu.txt
 	rm -rf $(VENV)/.sglang
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/.sglang --requirement requirements-sglang-cpu.txt
 	touch $(SGLANG)
+
+# Ray, for one test and its example: where only these see it.
+ray: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/.ray --upgrade --constraint constraints.txt ray
+	$(BIN)/pytest --quiet tests/test_ray.py
 
 demo: $(READY)
 	$(BIN)/lightrft fit --config examples/smollm2_arithmetic.yaml

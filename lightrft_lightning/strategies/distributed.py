@@ -108,7 +108,7 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
     def root_device(self) -> torch.device:  # type: ignore[override]
         if self._device is not None:
             return self._device
-        return self._parallel_devices[self.local_rank] if self._parallel_devices else torch.device("cpu")
+        return _of_rank(self.local_rank, self._parallel_devices or [torch.device("cpu")])
 
     @property
     @override
@@ -326,6 +326,18 @@ class DistributedStrategy(StrategyBase, ParallelStrategy):
         gathered = [torch.empty_like(here) for _ in range(self.world_size)]
         dist.all_gather(gathered, here)
         return torch.cat(gathered).to(tensor.device)
+
+
+def _of_rank(local_rank: int, devices: Sequence[torch.device]) -> torch.device:
+    """The device of a process, in whose environment (Ray) there may be no other than its own."""
+    if local_rank < len(devices):
+        return devices[local_rank]
+    if devices[0].type == "cpu" or torch.cuda.device_count() == 1:
+        return devices[0]
+    raise MisconfigurationException(
+        f"Trainer(devices={len(devices)}): this is process {local_rank + 1} of its machine, where "
+        f"{torch.cuda.device_count()} GPUs are seen: set devices to the number of processes of each machine"
+    )
 
 
 def _of(lightnings: Any, strategy: ParallelStrategy) -> Any:
