@@ -23,7 +23,7 @@ from lightrft_lightning._errors import check_types, import_extra, unknown_name
 from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning.experience.fingerprint import difference, fingerprint
 from lightrft_lightning.experience.trajectory import Prompt
-from lightrft_lightning.models.tokens import end_ids, prompt_ids, tell_added_ids
+from lightrft_lightning.models.tokens import encoded, end_ids, prompt_ids, tell_added_ids
 
 log = logging.getLogger(__name__)
 
@@ -775,10 +775,10 @@ def completion_ids(
         whole: its text with what follows.
         special_tokens: whether the tokenizer added its own to the prompt.
     """
-    ids, length = tokenizer(whole, add_special_tokens=special_tokens)["input_ids"], len(prompt.token_ids)
+    (ids,), length = encoded(tokenizer, [whole], special_tokens), len(prompt.token_ids)
     rest = ids[length:]
     if tuple(ids[:length]) != prompt.token_ids:
-        rest = tokenizer(whole[len(prompt.text) :], add_special_tokens=False)["input_ids"]
+        (rest,) = encoded(tokenizer, [whole[len(prompt.text) :]], special_tokens=False)
     ends = end_ids(None, tokenizer) if ends is None else ends
     # Templates write more after a turn's end, e.g. a line break, which an engine that stops there never sees.
     at = next((k for k, i in enumerate(rest) if i in ends), len(rest))

@@ -214,12 +214,28 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = T
         special_tokens: whether the tokenizer adds its own; not to what a chat template has written.
     """
     tokenizer = text_tokenizer(tokenizer)
-    rows = (
-        [list(row) for row in tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]] if texts else []
-    )
+    rows = encoded(tokenizer, texts, special_tokens)
     if not special_tokens:
         return rows
     return [_continued(tokenizer, text, row) for text, row in zip(texts, rows, strict=True)]
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
+    """The ids of texts.
+
+    Raises:
+        ValueError: one that the tokenizer has no tokens for; the message has its beginning.
+    """
+    if not texts:
+        return []
+    try:
+        return [list(row) for row in tokenizer(list(texts), add_special_tokens=special_tokens)["input_ids"]]
+    except Exception as err:  # the tokenizers library raises nothing more special
+        if len(texts) == 1:
+            raise ValueError(f"the tokenizer cannot encode {texts[0][:60]!r}: {err}") from err
+        for text in texts:
+            encoded(tokenizer, [text], special_tokens)
+        raise
 
 
 def _continued(tokenizer: Any, text: str, row: list[int]) -> list[int]:

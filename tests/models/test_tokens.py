@@ -228,3 +228,8 @@ def test_a_tokenizer_that_adds_nothing_is_not_mentioned(caplog):
     with caplog.at_level(logging.INFO):
         tell_added_ids(char_tokenizer(ALPHABET), "ab")
     assert not caplog.records
+
+
+def test_the_text_that_cannot_be_encoded_is_named():
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode 'What is 7 \+ 12\?': .*UNK"):
+        prompt_ids(char_tokenizer(), ["1+1=", "What is 7 + 12?"])
