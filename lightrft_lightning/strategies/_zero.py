@@ -19,6 +19,8 @@ from torch.optim import Optimizer
 
 from lightrft_lightning._errors import import_extra
 
+log = logging.getLogger(__name__)
+
 _GATHER_ELEMENTS = 200_000_000
 """Elements of the parameters that are whole at the same time while a sharded model is read."""
 
@@ -115,6 +117,11 @@ class ZeroModel:
             _check_optimizer(model, optimizer)
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
             self.groups = [[p for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
+        self._versions = {p: p._version for group in self.groups for p in group}
+        """Of each parameter, as torch counts what is written into it."""
+        self._written_in_parts: set[nn.Parameter] = set()
+        self._with_gradients: set[nn.Parameter] = set()
+        self._told: set[str] = set()
         self.low_precision = is_low(config)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
@@ -129,6 +136,9 @@ class ZeroModel:
                 start = piece.offset - exact[name].offset
                 piece.values.copy_(exact[name].values[start : start + piece.values.numel()])
         if optimizer is not None:
+            for parameter in (p for group in self.groups for p in group):
+                parameter.register_post_accumulate_grad_hook(self._with_gradients.add)
+            self._before_forward = model.register_forward_pre_hook(self._keep_written, prepend=True)
             optimizer.zero_grad = self.discard_gradients  # type: ignore[method-assign]
         _ENGINES[model] = self
 
@@ -178,6 +188,8 @@ class ZeroModel:
             The norm after the division and before clipping; not finite if there was no step.
         """
         zero = self.zero
+        self._tell_of_missing_gradients()
+        self.adopt_changes()
         zero.clip_grad = max(max_norm, 0.0)
         if self._without_hooks:
             for gradients in zero.fp32_groups_gradients_flat:
@@ -191,7 +203,64 @@ class ZeroModel:
             zero.grad_partitions_flat_buffer.zero_()
         return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else float("inf")
 
+    def _tell_of_missing_gradients(self) -> None:
+        missing = [p for group in self.groups for p in group if p not in self._with_gradients]
+        self._with_gradients.clear()
+        if missing:
+            self._tell(
+                f"{self._name(missing[0])} got no gradient: DeepSpeed steps it with one of 0, so that moments and "
+                "weight decay go on, where other back ends leave it as it is"
+            )
+
+    def _tell(self, warning: str) -> None:
+        if warning not in self._told:
+            self._told.add(warning)
+            log.warning(warning)
+
     # ---------------------------------------------------------------- parameters
+
+    @torch.no_grad()
+    def adopt_changes(self) -> None:
+        """Let the fp32 weights have what was written into the parameters since the last step, as by a hook that clamps.
+
+        DeepSpeed would write its own over it. At stage 3 only small parameters, which stay whole, can be written into
+        outside of ``GatheredParameters``.
+        """
+        self._keep_written()
+        for parameter, flat, place in self.places():
+            if place is not None:
+                master = flat.detach().narrow(0, place.start, place.numel)
+                part = self._computed_with(parameter, place).to(master.device)
+                if parameter in self._written_in_parts and torch.equal(master.to(part.dtype), part):
+                    self._tell(
+                        f"{self._name(parameter)} is with all ranks in parts, so what was written into it is lost: "
+                        "write inside of deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)"
+                    )
+                master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
+        self._written_in_parts.clear()
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        return next(name for name, p in self.model.named_parameters() if p is parameter)
+
+    def _computed_with(self, parameter: nn.Parameter, place: Place) -> Tensor:
+        """This rank's part of what forward passes take."""
+        if self.stage < 3:
+            return parameter.detach().view(-1).narrow(0, place.offset, place.numel)
+        shard = self.shard(parameter)
+        assert shard is not None
+        return shard.values
+
+    @torch.no_grad()
+    def _keep_written(self, *_: Any) -> None:
+        """At stage 3, let this rank's parts have what was written into whole parameters; else a pass undoes it."""
+        for parameter in (p for group in self.groups for p in group if self.stage == 3):
+            written = parameter._version != self._versions[parameter]
+            self._versions[parameter] = parameter._version
+            shard = self.shard(parameter) if written and parameter.numel() == parameter.ds_numel else None  # type: ignore[attr-defined]
+            if shard is not None:
+                shard.values.copy_(parameter.detach().view(-1)[shard.offset : shard.offset + len(shard.values)])
+            elif written:
+                self._written_in_parts.add(parameter)
 
     def places(self) -> Iterator[tuple[nn.Parameter, Tensor, Place | None]]:
         """Trained parameters, the flat fp32 tensors that the optimizer steps, and where one is in the other.
@@ -222,6 +291,7 @@ class ZeroModel:
 
     def masters(self) -> Iterator[tuple[str, Piece]]:
         """The part of the fp32 weights of trained parameters that this rank keeps, by name."""
+        self.adopt_changes()
         names = {id(p): name for name, p in self.model.named_parameters()}
         for parameter, flat, place in self.places():
             if place is not None:
@@ -305,6 +375,8 @@ class ZeroModel:
         for _, parameter in self.sharded():
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()
+        if self.optimizer is not None:
+            self._before_forward.remove()
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         self.engine.destroy()
@@ -363,6 +435,8 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
                     f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model: "
                     "pass each optimizer with the model that it was created for"
                 )
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ValueError("Adagrad makes its state before DeepSpeed takes the weights apart: take AdamW or SGD")
     if optimizer.state:
         raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
 

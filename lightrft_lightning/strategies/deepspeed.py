@@ -39,6 +39,7 @@ from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained, check_one_scale, pairs_in
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
+from lightrft_lightning.strategies.limits import check_sparse, gradient_hook, no_second_derivatives
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -157,6 +158,13 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         module = self.lightning_module
         assert module is not None
         self.training_engines = trainer.state.fn == TrainerFn.FITTING
+        check_sparse(module, self.strategy_name)
+        hook = gradient_hook([module, *trainer.callbacks]) if self.config.zero_stage > 1 else None  # type: ignore[attr-defined]
+        if hook is not None and self.training_engines:
+            raise MisconfigurationException(
+                f"{hook} looks at gradients, which ZeRO-{self.config.zero_stage} takes apart during the backward pass, "
+                "so that parameters have none: leave it out, or take stage 1, FSDP2 or lightrft_fake"
+            )
         for part in frozen_parts(module, ()) if has_meta(module) else ():
             self._streamed[part] = stream_in(self._deepspeed, part, self._json(part), self.root_device)
         if self.training_engines:
@@ -230,7 +238,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision_plugin.train_step_context():
+        once = no_second_derivatives("ZeRO-3") if self.config.zero_stage == 3 else contextlib.nullcontext()
+        with self.precision_plugin.train_step_context(), once:
             return self._call_step("training_step", *args, **kwargs)
 
     @property
@@ -398,6 +407,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     @override
     def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         gathered = self._deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
+        for zero in self._engines_in(model):
+            zero.adopt_changes()
         chosen = {name: p for name, p in model.named_parameters() if names is None or name in names}
         for bucket in buckets(chosen):
             free = [p for p in bucket.values() if hasattr(p, "ds_id")]

@@ -35,6 +35,7 @@ from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_
 from lightrft_lightning.strategies.base import _Trained, pairs_in
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
+from lightrft_lightning.strategies.limits import check_sparse, explained, no_second_derivatives
 from lightrft_lightning.strategies.sharding import (
     KEPT_WHOLE,
     Replaced,
@@ -46,6 +47,7 @@ from lightrft_lightning.strategies.sharding import (
     roots,
     shard_family,
     start,
+    take_those_of_rank_0,
     trainable_parts,
     units,
 )
@@ -170,6 +172,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         module = self.lightning_module
         assert module is not None
+        check_sparse(module, self.strategy_name)
         for family in families(part for _, part in trainable_parts(module)):
             self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))
         reshard(module)
@@ -181,6 +184,16 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
             for optimizer in self.optimizers:
                 check_holds_sharded(optimizer)
         self.setup_precision_plugin()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with explained(self.strategy_name), no_second_derivatives(self.strategy_name):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def _call_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        with explained(self.strategy_name):
+            return super()._call_step(name, *args, **kwargs)
 
     # ---------------------------------------------------------------- sharding
 
@@ -214,6 +227,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
                 "all models that share parameters in one call"
             )
         folders = {m: self._source_of(m) for m in family if any(p.is_meta for p in m.parameters())}
+        if self.world_size > 1:
+            take_those_of_rank_0(family, self.gather_objects, self.root_device)
         settings: dict[str, Any] = {
             "mesh": self._sharding_mesh,
             "mp_policy": self._mixed_precision(),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 # ---------------------------------------------------------------- what is to be sharded
 
@@ -78,6 +80,40 @@ def _slots(models: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Par
 
 
 # ---------------------------------------------------------------- sharding
+
+
+def take_those_of_rank_0(models: Sequence[nn.Module], gather: Callable[[Any], list[Any]], device: torch.device) -> None:
+    """Make weights and buffers the same on all ranks, as a model that each makes at random is another one on each.
+
+    Args:
+        models: whole; what has no memory yet is left out.
+        gather: collects an object from every rank.
+        device: that the ranks can send from.
+
+    Raises:
+        ValueError: the ranks have models of other shapes.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for number, model in enumerate(models):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_meta:
+                tensors[f"{number}.{name}"] = tensor
+    of_ranks = gather([(name, tuple(t.shape), str(t.dtype), _sums(t)) for name, t in tensors.items()])
+    for rank, found in enumerate(of_ranks):
+        if [entry[:3] for entry in found] != [entry[:3] for entry in of_ranks[0]]:
+            raise ValueError(f"rank {rank} has made a {type(models[0]).__name__} of other shapes than rank 0")
+    for entries in zip(*of_ranks, strict=True):
+        if len({entry[3] for entry in entries}) > 1:
+            tensor = tensors[entries[0][0]]
+            sent = tensor.detach().to(device, copy=True).contiguous()
+            dist.broadcast(sent, 0)
+            tensor.data.copy_(sent)
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of all bytes, and of some: what tells random numbers from other ones, and from the same in another order."""
+    plain = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tuple(int(plain[k::n].sum(dtype=torch.int64)) for k, n in ((0, 1), (0, 3), (0, 7)))
 
 
 def shard_family(family: Sequence[nn.Module], reshard: bool, reshard_root: bool, **settings: Any) -> nn.Module | None:
@@ -163,6 +199,8 @@ def check_holds_sharded(optimizer: Optimizer) -> None:
     """Raise ValueError if the optimizer would step something else than sharded parameters."""
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
     loose = next((parameter for parameter in held if not isinstance(parameter, DTensor)), None)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS makes one row of all weights, which FSDP2 has in parts: take AdamW or SGD")
     if loose is not None and optimizer.state:
         raise ValueError(
             f"{type(optimizer).__name__} was made before the weights were sharded and has a state already: make it in "
@@ -186,9 +224,14 @@ KEPT_WHOLE: WeakSet[Any] = WeakSet()
 strategy: a model outlives the one that has sharded it."""
 
 
-def free_if_evaluated(model: nn.Module, *args: Any) -> None:
-    """A forward hook: without a backward pass, nothing else frees the root and makes its parameters the optimizer's."""
-    if not torch.is_grad_enabled() and model not in KEPT_WHOLE:
+def free_if_evaluated(model: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook: without a backward pass, nothing else frees the root and makes its parameters the optimizer's.
+
+    There is none through an output without gradients, that of a frozen part for instance.
+    """
+    if model in KEPT_WHOLE:
+        return
+    if not torch.is_grad_enabled() or not any(getattr(leaf, "requires_grad", True) for leaf in tree_leaves(output)):
         reshard(model)
 
 
