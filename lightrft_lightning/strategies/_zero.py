@@ -119,6 +119,7 @@ class ZeroModel:
             self.groups = [[p for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
         self._versions = {p: p._version for group in self.groups for p in group}
         """Of each parameter, as torch counts what is written into it."""
+        self._written: set[nn.Parameter] = set()
         self._written_in_parts: set[nn.Parameter] = set()
         self._with_gradients: set[nn.Parameter] = set()
         self._told: set[str] = set()
@@ -228,15 +229,19 @@ class ZeroModel:
         """
         self._keep_written()
         for parameter, flat, place in self.places():
-            if place is not None:
+            if place is not None and (self.stage == 3 or parameter.numel()):  # none: `offload`
                 master = flat.detach().narrow(0, place.start, place.numel)
-                part = self._computed_with(parameter, place).to(master.device)
+                part = self._computed_with(parameter, place)
+                if part.device != master.device and parameter not in self._written:
+                    continue  # offloaded: only what torch has counted is worth the way
+                part = part.to(master.device)
                 if parameter in self._written_in_parts and torch.equal(master.to(part.dtype), part):
                     self._tell(
                         f"{self._name(parameter)} is with all ranks in parts, so what was written into it is lost: "
                         "write inside of deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)"
                     )
                 master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
+        self._written.clear()
         self._written_in_parts.clear()
 
     def _name(self, parameter: nn.Parameter) -> str:
@@ -252,15 +257,16 @@ class ZeroModel:
 
     @torch.no_grad()
     def _keep_written(self, *_: Any) -> None:
-        """At stage 3, let this rank's parts have what was written into whole parameters; else a pass undoes it."""
-        for parameter in (p for group in self.groups for p in group if self.stage == 3):
-            written = parameter._version != self._versions[parameter]
+        """Note what was written into; at stage 3, let this rank's parts have it, or a pass would undo it."""
+        for parameter in (p for group in self.groups for p in group):
+            if parameter._version == self._versions[parameter]:
+                continue
             self._versions[parameter] = parameter._version
-            shard = self.shard(parameter) if written and parameter.numel() == parameter.ds_numel else None  # type: ignore[attr-defined]
-            if shard is not None:
-                shard.values.copy_(parameter.detach().view(-1)[shard.offset : shard.offset + len(shard.values)])
-            elif written:
+            self._written.add(parameter)
+            if self.stage == 3 and parameter.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
                 self._written_in_parts.add(parameter)
+            elif self.stage == 3 and (shard := self.shard(parameter)) is not None:
+                shard.values.copy_(parameter.detach().view(-1)[shard.offset : shard.offset + len(shard.values)])
 
     def places(self) -> Iterator[tuple[nn.Parameter, Tensor, Place | None]]:
         """Trained parameters, the flat fp32 tensors that the optimizer steps, and where one is in the other.
