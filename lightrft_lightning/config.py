@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -30,6 +31,17 @@ _ADVANTAGE_NAMES = (
     "gae",
     "cpgd",
 )
+UNREAD = {
+    "pretrain_data": "SupervisedWarmup trains on texts before",
+    "mixed_mm_data": "images may stand in some prompts and not in others, without it",
+    "micro_rollout_batch_size": "engines see for themselves how much they compute at a time",
+    "plot_every": "RewardCurve(every_n=...) plots",
+    "use_tensorboard": "Trainer(logger=TensorBoardLogger(...)) logs",
+    "local_rank": "the launcher says it, in LOCAL_RANK",
+}
+"""Fields that nothing here reads, and what has their place. A script's own loop may read them."""
+PARSER_DEFAULTS = {"micro_rollout_batch_size": 8, "plot_every": 10}
+"""Of LightRFT's scripts, where they are not those of `StrategyConfig`."""
 _OTHER_NAMES = {"reinforce++": "reinforce_plus_plus"}
 """Of estimators, in LightRFT's scripts."""
 
@@ -107,6 +119,7 @@ class StrategyConfig:
     pretrain_data: str | None = None
     mixed_mm_data: bool = False
     fused_linear_logprob: bool = False
+    """Log-probabilities without the logits of all tokens at a time; they are computed so here in any case."""
 
     # Algorithm
     advantage_estimator: str = "group_norm"
@@ -262,6 +275,25 @@ class StrategyConfig:
         """Print `summary`, in the first process only."""
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             print(self.summary(), flush=True)
+
+    def tell_unread(self) -> None:
+        """Refuse fields that nothing reads; of a script's own arguments, which it may read itself, say so in a line.
+
+        Raises:
+            ValueError: such a field; the message has the remedy.
+        """
+        original = self.args  # type: ignore[attr-defined]
+        for name, instead in UNREAD.items():
+            value, usual = (
+                getattr(self, name),
+                {type(self).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)},
+            )
+            if value in usual or (name == "local_rank" and str(value) == os.environ.get("LOCAL_RANK")):
+                continue
+            told = f"{name}={value!r}: no strategy reads it; {instead}"
+            if isinstance(original, StrategyConfig | Mapping):
+                raise ValueError(f"{told}; leave it out")
+            log.warning(told)
 
     def is_set(self, *names: str) -> bool:
         """Whether the user gave at least one of these fields, be it with its default value."""

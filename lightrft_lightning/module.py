@@ -22,12 +22,14 @@ from lightrft_lightning._seeds import derive_seed, global_seed
 from lightrft_lightning._settings import ONE_CALL
 from lightrft_lightning._trainer import check_optimizers, check_quantization, check_strategy, with_lr_schedule
 from lightrft_lightning._update import Update
+from lightrft_lightning.algorithms import lightrft_flags
 from lightrft_lightning.callbacks.checkpoint_folders import check_checkpoints
 from lightrft_lightning.callbacks.monitors import tell_monitors
 from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
+from lightrft_lightning.config import PARSER_DEFAULTS
 from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.environments.episodes import Episodes, with_environment
@@ -744,9 +746,10 @@ class RLHFModule(Update):
 
     @classmethod
     def from_config(cls, config: StrategyConfig, model: Any, rewards: Any = None, **settings: Any) -> RLHFModule:
-        """Build from LightRFT's configuration fields; `settings` are further arguments and win.
+        """Build from LightRFT's fields and flags (docs/from_lightrft.md); `settings` are further arguments and win.
 
-        With `remote_rm_url` (several are separated by commas) the rewards come from there.
+        With `remote_rm_url` (several are separated by commas) the rewards come from there. As LightRFT does, the loss
+        is the mean over completions of their means over tokens.
 
         Raises:
             ValueError: a field asks for something that this release does not have, or there are rewards of two kinds.
@@ -761,13 +764,18 @@ class RLHFModule(Update):
             "micro_rollout_batch_size", "plot_every", "use_tensorboard",
         )  # fmt: skip
         for name in refused:
-            if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+            usual = type(config).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)
+            if getattr(config, name) not in usual:
                 why = "only advantage_estimator='gae' has a critic" if name in critic else "not there yet"
                 raise ValueError(f"{name}={getattr(config, name)!r}: {why}, leave it out")
-        if config.use_kl_loss and not settings.get("kl_coef"):
-            raise ValueError("use_kl_loss=True needs kl_coef=<weight of the penalty>")
-        sampling = _as_sampling(settings.pop("sampling", SamplingParams()))
+        flags, estimator = config.extra_args, config.advantage_estimator
+        more = lightrft_flags.module_settings(flags, estimator, config.use_kl_loss, settings.get("kl_coef"))
+        if "algorithm" in settings:  # which says these itself
+            more = {k: v for k, v in more.items() if k not in ("aggregation", "policy_loss", "policy_loss_options")}
+        given = settings.pop("sampling", None)
+        sampling = _as_sampling(lightrft_flags.sampling_settings(flags) if given is None else given)
         values = {
+            **more,
             "sampling": dataclasses.replace(sampling, n=config.n_samples_per_prompt),
             "advantage_estimator": config.advantage_estimator,
             "kl_estimator": config.kl_estimator,
@@ -784,7 +792,8 @@ class RLHFModule(Update):
             "seed": config.seed,
         }
         if config.advantage_estimator == "gae":
-            values["critic"] = Critic(model=config.critic_pretrain, lr=config.critic_learning_rate)
+            learnt = lightrft_flags.critic_settings(flags)
+            values["critic"] = Critic(model=config.critic_pretrain, lr=config.critic_learning_rate, **learnt)
         return cls(model, rewards, **{**values, **settings})
 
     def _evaluation_sampling(self, batch_idx: int, dataloader_idx: int = 0) -> SamplingParams:

@@ -106,6 +106,7 @@ class StrategyBase(InferenceEngines, Checkpoints, LightRFTCalls, Strategy):
         base = config if config is not None else StrategyConfig.from_args({} if args is None else args)
         fields, parent = self._split_keywords(kwargs)
         self.config = self._checked_config(base.replace(**fields) if fields else base)
+        self.config.tell_unread()
         self.args = args if args is not None else self.config.args  # type: ignore[attr-defined]
         super().__init__(**parent)
         self.grad_norms: dict[str, float] = {}

@@ -1,0 +1,148 @@
+"""What the flags of LightRFT's scripts mean for `RLHFModule`.
+
+Source: https://github.com/opendilab/LightRFT, the parsers in ``examples``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+AGGREGATIONS = {"seq-mean-token-mean": "sequence_mean", "token-mean": "token_mean"}
+"""``loss_agg_mode``; LightRFT itself takes the first, whatever is said."""
+BY_TOKEN = ("gae", "reinforce", "reinforce_plus_plus")
+"""Estimators that take a reward for each token."""
+NO_CRITIC = "only advantage_estimator='gae' has a critic, leave it out"
+REFUSED = {
+    "enable_ema": (False, "average with strategy.moving_average"),
+    "aux_loss_coef": (0, "there is no loss that balances experts"),
+    "freeze_prefix": (False, "freeze it in a model object: requires_grad_(False)"),
+    "normalize_reward_for_critic": (False, "take reward_norm"),
+    "gradient_checkpointing_use_reentrant": (False, "layers are computed again without it"),
+}
+"""Flags that ask for what is not there: their default, and the remedy."""
+ELSEWHERE = {
+    "rollout_batch_size": (512, "PromptDataModule(batch_size={0}); steps_per_epoch says how many steps it makes"),
+    "prompt_max_len": (1024, "PromptDataModule(max_prompt_length={0})"),
+    "num_episodes": (1, "Trainer(max_epochs={0})"),
+    "max_samples": (1_000_000, "PromptDataModule(limit={0})"),
+}
+"""Flags of what is not the module: their default, and where they go."""
+
+
+def module_settings(
+    flags: Mapping[str, Any], estimator: str, use_kl_loss: bool, kl_coef: float | None
+) -> dict[str, Any]:
+    """Arguments of `RLHFModule` for flags that are there; with none of them, LightRFT's way to put a loss together.
+
+    Args:
+        flags: of a parser, its defaults among them; those of `StrategyConfig` are not looked at.
+        estimator: of advantages.
+        use_kl_loss: the penalty is in the loss and not in the reward.
+        kl_coef: what the caller gives in place of ``init_kl_coef``.
+
+    Raises:
+        ValueError: a flag asks for what is not there; the message has the remedy.
+    """
+    for name, (default, remedy) in REFUSED.items():
+        if flags.get(name, default) not in (default, None):
+            raise ValueError(f"{name}={flags[name]!r}: {remedy}")
+    for name, (default, where) in ELSEWHERE.items():
+        if flags.get(name, default) not in (default, None):
+            log.warning("%s=%r goes to %s", name, flags[name], where.format(flags[name]))
+    return {
+        "aggregation": _aggregation(flags),
+        **_loss(flags),
+        **_advantages(flags, estimator),
+        **_kl(flags, estimator, use_kl_loss, kl_coef),
+        **_adapters(flags),
+        **_named(flags),
+    }
+
+
+def sampling_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams`."""
+    names = {"temperature": "temperature", "top_p": "top_p", "generate_max_len": "max_new_tokens"}
+    return {ours: flags[theirs] for theirs, ours in names.items() if flags.get(theirs) is not None}
+
+
+def critic_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Critic`."""
+    found = {} if flags.get("value_clip") is None else {"value_clip": float(flags["value_clip"]) or None}
+    return found | ({"warmup_iterations": frozen} if (frozen := _frozen(flags)) else {})
+
+
+def _frozen(flags: Mapping[str, Any]) -> int:
+    return max(0, flags.get("freezing_actor_steps") or 0)
+
+
+def _aggregation(flags: Mapping[str, Any]) -> str:
+    mode = flags.get("loss_agg_mode") or "seq-mean-token-mean"
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"loss_agg_mode={mode!r}: give aggregation=, or one of {', '.join(AGGREGATIONS)}")
+    return AGGREGATIONS[mode]
+
+
+def _loss(flags: Mapping[str, Any]) -> dict[str, Any]:
+    if flags.get("use_gspo") and flags.get("use_cpg_loss"):
+        raise ValueError("use_gspo=True with use_cpg_loss=True: there is one loss, set one of them")
+    loss = "gspo" if flags.get("use_gspo") else "cpgd" if flags.get("use_cpg_loss") else "ppo"
+    clip = flags.get("eps_clip")
+    options = {} if clip is None else {"clip_low": float(clip), "clip_high": float(clip)}
+    ratio = flags.get("high_entropy_token_ratio") or 0
+    return {"policy_loss": loss, "policy_loss_options": options, **({"high_entropy_share": ratio} if ratio else {})}
+
+
+def _advantages(flags: Mapping[str, Any], estimator: str) -> dict[str, Any]:
+    gamma, lam = flags.get("gamma"), flags.get("lambd")
+    options: dict[str, float] = {}
+    if gamma is not None and estimator in BY_TOKEN:
+        options["gamma"] = float(gamma)
+    elif gamma not in (None, 1):
+        raise ValueError(f"gamma={gamma!r}: advantage_estimator={estimator!r} compares whole completions, leave it out")
+    if lam is not None and estimator == "gae":
+        options["lam"] = float(lam)
+    if _frozen(flags) and estimator != "gae":
+        raise ValueError(f"freezing_actor_steps={_frozen(flags)}: {NO_CRITIC}")
+    for name, usual in (("lambd", 0.95), ("value_clip", 0.2)):
+        if estimator != "gae" and flags.get(name) not in (None, usual):
+            raise ValueError(f"{name}={flags[name]!r}: {NO_CRITIC}")
+    return {"advantage_options": options} if options else {}
+
+
+def _kl(flags: Mapping[str, Any], estimator: str, in_loss: bool, given: float | None) -> dict[str, Any]:
+    coef = flags.get("init_kl_coef") if given is None else given
+    if in_loss and not coef:
+        raise ValueError("use_kl_loss=True needs init_kl_coef, or kl_coef=<weight of the penalty>")
+    if flags.get("kl_target") and not coef:
+        raise ValueError(f"kl_target={flags['kl_target']!r} needs init_kl_coef, the weight that it adapts")
+    if coef is None:
+        return {}
+    if coef and not in_loss and estimator not in BY_TOKEN:
+        told = "init_kl_coef=%s: advantage_estimator=%r compares whole completions, so the penalty is in the loss"
+        log.warning(told, coef, estimator)
+        in_loss = True
+    target = flags.get("kl_target")
+    return {"kl_coef": coef, "kl_in": "loss" if in_loss else "reward", **({"kl_target": target} if target else {})}
+
+
+def _adapters(flags: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"quantization": "nf4"} if flags.get("load_in_4bit") else {}
+    if flags.get("lora_rank"):
+        same = {
+            name: flags[name]
+            for name in ("lora_alpha", "target_modules", "lora_dropout")
+            if flags.get(name) is not None
+        }
+        found["lora"] = {"r": flags["lora_rank"], **same}
+    return found
+
+
+def _named(flags: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"gradient_checkpointing": True} if flags.get("gradient_checkpointing") else {}
+    if flags.get("use_fire"):
+        found["first_token_temperature"] = float(flags.get("first_token_temperature") or 10.0)
+    return found | ({"epochs_per_rollout": epochs} if (epochs := flags.get("max_epochs") or 1) != 1 else {})
