@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightrft_lightning import algorithms
 from lightrft_lightning._errors import import_extra, unknown_name
 from lightrft_lightning._settings import OFFLOADS
+from lightrft_lightning.experience.trajectory import SamplingParams
 from lightrft_lightning.models.lora import LORA
 from lightrft_lightning.models.quantized import QUANTIZATIONS
 from lightrft_lightning.strategies.factory import available_strategies, get_strategy
@@ -122,20 +124,34 @@ def of_config(path: Path) -> dict[str, Any]:
     names = ("advantage_estimator", "advantage_options", "policy_loss", "policy_loss_options", "aggregation", "kl_coef",
              "kl_estimator", "kl_in", "advantage_norm", "critic", "dynamic_sampling")  # fmt: skip
     chosen = algorithms.resolve(module.get("algorithm"), {name: module.get(name) for name in names})
-    sampling = module.get("sampling") or {}
+    usual, of_data = _defaults_of_a_run()
+    sampling = {"n": usual["sampling"].n, "max_new_tokens": usual["sampling"].max_new_tokens}
+    if module.get("sampling"):
+        sampling = {name: module["sampling"].get(name, getattr(SamplingParams, name)) for name in sampling}
     steps = module.get("steps_per_epoch", 1) * module.get("epochs_per_rollout", 1)
     found = {
         "model": module["model"], **_strategy_of(trainer), "offload": module.get("offload"),
         "accelerator": trainer.get("accelerator"), "gpus": trainer.get("devices"),
-        "precision": trainer.get("precision"), "prompts": data.get("batch_size"), "n": sampling.get("n"),
-        "prompt_tokens": data.get("max_prompt_length"), "completion_tokens": sampling.get("max_new_tokens"),
-        "token_budget": module.get("token_budget"), "share_prompts": module.get("share_prompts"), "steps": steps,
+        "precision": trainer.get("precision"), "prompts": data.get("batch_size", of_data["batch_size"]),
+        "n": sampling["n"], "completion_tokens": sampling["max_new_tokens"],
+        "prompt_tokens": data.get("max_prompt_length", of_data["max_prompt_length"]),
+        "token_budget": module.get("token_budget", usual["token_budget"]),
+        "share_prompts": module.get("share_prompts", usual["share_prompts"]), "steps": steps,
         "kl_coef": chosen["kl_coef"], "critic": chosen["critic"] is not None,
         "lora_rank": None if module.get("lora") is None else module["lora"].get("r", LORA["r"]),
         "quantization": module.get("quantization"),
         "gradient_checkpointing": module.get("gradient_checkpointing"), "engine": _engine_of(trainer),
     }  # fmt: skip
     return {name: value for name, value in found.items() if value is not None and value != "auto"}
+
+
+def _defaults_of_a_run() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `RLHFModule` and `PromptDataModule` take where nothing is said."""
+    from lightrft_lightning.data import PromptDataModule
+    from lightrft_lightning.module import RLHFModule
+
+    module, data = (signature(cls.__init__).parameters for cls in (RLHFModule, PromptDataModule))
+    return {name: p.default for name, p in module.items()}, {name: p.default for name, p in data.items()}
 
 
 def _strategy_of(trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lightrft_lightning import SamplingParams
 from lightrft_lightning.planning import Planned, of_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -79,3 +80,15 @@ def test_refuses_other_files(tmp_path):
         of_config(EXAMPLES / "sft.yaml")
     with pytest.raises(FileNotFoundError, match=r"nothing\.yaml: no such file"):
         of_config(tmp_path / "nothing.yaml")
+
+
+def test_what_a_file_leaves_out_is_what_its_run_takes(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {model: tiny-llama, rewards: exact_match}\n")
+    planned = Planned(**of_config(tmp_path / "run.yaml"))
+    assert (planned.prompts, planned.n) == (8, 8)
+    assert (planned.prompt_tokens, planned.completion_tokens) == (1024, SamplingParams().max_new_tokens)
+    (tmp_path / "run.yaml").write_text(
+        "model: {model: tiny-llama, rewards: exact_match, sampling: {max_new_tokens: 4}}\n"
+    )
+    planned = Planned(**of_config(tmp_path / "run.yaml"))
+    assert (planned.n, planned.completion_tokens) == (SamplingParams().n, 4)
