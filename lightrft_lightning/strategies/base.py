@@ -41,6 +41,7 @@ from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.ending import end_within
 from lightrft_lightning.strategies.inference import InferenceEngines
 from lightrft_lightning.strategies.lightrft_calls import LightRFTCalls
+from lightrft_lightning.strategies.limits import check_callbacks
 from lightrft_lightning.strategies.preemption import end_when_preempted
 from lightrft_lightning.strategies.streams import keep_printing
 
@@ -221,6 +222,8 @@ class StrategyBase(InferenceEngines, Checkpoints, LightRFTCalls, Strategy):
     def setup_environment(self) -> None:
         self._check_batch_sizes()
         self._outlive_its_surroundings()
+        assert self.lightning_module is not None
+        check_callbacks(self.lightning_module, (), self.strategy_name)
         super().setup_environment()
 
     def _outlive_its_surroundings(self) -> None:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -39,7 +40,7 @@ from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained, check_one_scale, pairs_in
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
-from lightrft_lightning.strategies.limits import check_sparse, gradient_hook, no_second_derivatives
+from lightrft_lightning.strategies.limits import check_callbacks, check_sparse, gradient_hook, no_second_derivatives
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -149,6 +150,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         self.precision_plugin = ZeroPrecision(self._checked_precision(), self)
         if self.config.zero_stage == 3:
             self._refuse_whole_copies()
+        assert self.lightning_module is not None
+        check_callbacks(self.lightning_module, (ModelPruning,), self.strategy_name)
         self._join_trainers_process_group()
 
     @override

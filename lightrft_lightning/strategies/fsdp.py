@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -35,7 +36,7 @@ from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_
 from lightrft_lightning.strategies.base import _Trained, pairs_in
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
-from lightrft_lightning.strategies.limits import check_sparse, explained, no_second_derivatives
+from lightrft_lightning.strategies.limits import check_callbacks, check_sparse, explained, no_second_derivatives
 from lightrft_lightning.strategies.sharding import (
     KEPT_WHOLE,
     Replaced,
@@ -119,10 +120,11 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._checked_precision()
         self._refuse_whole_copies()
+        assert self.lightning_module is not None
+        check_callbacks(self.lightning_module, (StochasticWeightAveraging, ModelPruning), self.strategy_name)
         # Not ModelParallelStrategy's: its default mesh shards nothing on one machine.
         self._join_trainers_process_group()
         self._make_mesh()
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh  # for a `configure_model` that shards by itself
 
     @override

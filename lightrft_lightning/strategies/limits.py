@@ -8,13 +8,37 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "configure_gradient_clipping")
 """Of a module or a callback, in which gradients are whole and in place in other back ends."""
+
+
+def check_callbacks(module: pl.LightningModule, refused: tuple[type[pl.Callback], ...], strategy: str) -> None:
+    """Refuse callbacks that find no weights when they look, or not whole ones.
+
+    Args:
+        module: attached to its trainer, before `configure_model`.
+        refused: kinds that need whole weights.
+        strategy: its name.
+    """
+    for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if isinstance(callback, refused):
+            raise MisconfigurationException(
+                f"{name} takes whole weights, which {strategy} has in parts: leave it out, or take lightrft_fake"
+            )
+        early = isinstance(callback, StochasticWeightAveraging | ModelPruning)
+        if early and not any(True for _ in module.parameters()):
+            raise MisconfigurationException(
+                f"{name} looks for weights before {type(module).__name__} has made them in configure_model, and would "
+                "find none: leave it out (EMAWeightAveraging looks later)"
+            )
 
 
 def check_sparse(module: nn.Module, strategy: str) -> None:

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -244,3 +244,15 @@ def test_settings_of_sharded_back_ends_change_nothing():
         optimizer = strategy.create_optimizer(model, lr=0.1)
         strategy.backward(model(torch.ones(1, 1)).sum(), *strategy.prepare((model, optimizer)))
         assert strategy.optimizer_step(optimizer, model, None) > 0
+
+
+@pytest.mark.parametrize("callback", [StochasticWeightAveraging(0.1), ModelPruning("l1_unstructured", amount=0.5)])
+def test_callbacks_that_look_for_weights_before_there_are_any_are_refused(callback):
+    class Late(Automatic):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+    trainer = pl.Trainer(strategy="lightrft_fake", accelerator="cpu", callbacks=[callback], logger=False)
+    with pytest.raises(MisconfigurationException, match="looks for weights before Late has made"):
+        trainer.fit(Late(), [])

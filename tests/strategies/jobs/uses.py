@@ -18,7 +18,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.checkpoint import checkpoint
@@ -518,6 +525,18 @@ class Early(Plain):
 
     def configure_optimizers(self):
         return self.made
+
+
+@use("StochasticWeightAveraging", callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1)])
+class Averaged(Plain): ...
+
+
+@use("EMAWeightAveraging", callbacks=lambda: [EMAWeightAveraging(decay=0.9)])
+class MovingAverage(Plain): ...
+
+
+@use("ModelPruning", callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.5)])
+class Pruned(Plain): ...
 
 
 # -------------------------------------------------------------------- how they are run
