@@ -284,10 +284,8 @@ class StrategyConfig:
         """
         original = self.args  # type: ignore[attr-defined]
         for name, instead in UNREAD.items():
-            value, usual = (
-                getattr(self, name),
-                {type(self).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)},
-            )
+            value = getattr(self, name)
+            usual = type(self).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)
             if value in usual or (name == "local_rank" and str(value) == os.environ.get("LOCAL_RANK")):
                 continue
             told = f"{name}={value!r}: no strategy reads it; {instead}"

@@ -123,6 +123,8 @@ class ZeroModel:
         self._written_in_parts: set[nn.Parameter] = set()
         self._with_gradients: set[nn.Parameter] = set()
         self._told: set[str] = set()
+        self.replaced = False
+        """Whether the weights are others for a while, see `StrategyBase.replaced_weights`."""
         self.low_precision = is_low(config)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
@@ -228,7 +230,7 @@ class ZeroModel:
         outside of ``GatheredParameters``.
         """
         self._keep_written()
-        for parameter, flat, place in self.places():
+        for parameter, flat, place in self.places() if not self.replaced else ():
             if place is not None and (self.stage == 3 or parameter.numel()):  # none: `offload`
                 master = flat.detach().narrow(0, place.start, place.numel)
                 part = self._computed_with(parameter, place)
@@ -243,6 +245,10 @@ class ZeroModel:
                 master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
         self._written.clear()
         self._written_in_parts.clear()
+
+    def forget_changes(self) -> None:
+        """Take what is in the parameters now for what the last step has left there."""
+        self._versions = {parameter: parameter._version for parameter in self._versions}
 
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.model.named_parameters() if p is parameter)
@@ -259,7 +265,7 @@ class ZeroModel:
     def _keep_written(self, *_: Any) -> None:
         """Note what was written into; at stage 3, let this rank's parts have it, or a pass would undo it."""
         for parameter in (p for group in self.groups for p in group):
-            if parameter._version == self._versions[parameter]:
+            if self.replaced or parameter._version == self._versions[parameter]:
                 continue
             self._versions[parameter] = parameter._version
             self._written.add(parameter)

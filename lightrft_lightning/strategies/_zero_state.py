@@ -116,6 +116,7 @@ def _names(model: nn.Module) -> Names:
 
 def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
     """By the id of the parameter: its fp32 values where it is trained, else its own if it is sharded."""
+    zero.adopt_changes()
     masters: dict[int, Piece | None] = {}
     dtypes: dict[int, torch.dtype] = {}
     for parameter, flat, place in zero.places():

@@ -407,6 +407,21 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
                 stack.enter_context(zero.whole(list(zero.model.parameters())))
             yield
 
+    @contextlib.contextmanager
+    @override
+    def replaced_weights(self, model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+        engines = self._engines_in(model)
+        for zero in engines:
+            zero.adopt_changes()
+            zero.replaced = True
+        try:
+            with super().replaced_weights(model, values):
+                yield
+        finally:
+            for zero in engines:
+                zero.forget_changes()
+                zero.replaced = False
+
     @override
     def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         gathered = self._deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None

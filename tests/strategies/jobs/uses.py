@@ -324,6 +324,19 @@ class Clamped(Plain):
                 p.clamp_(-0.2, 0.2)
 
 
+@use("parameters changed in place, and a run that is resumed")
+class ClampedAndResumed(Clamped):
+    undisturbed = Clamped
+
+    def go(self, trainer):
+        folder = trainer.strategy.broadcast(tempfile.mkdtemp())
+        saved = ModelCheckpoint(folder, every_n_train_steps=3, filename="a")
+        first = made(trainer.strategy_name, {}, callbacks=[saved])
+        first.fit_loop.epoch_loop.max_steps = 3
+        first.fit(type(self)())
+        trainer.fit(self, ckpt_path=f"{folder}/a.ckpt")
+
+
 class Nothing(Plain):
     def training_step(self, batch, batch_idx):
         return self.loss(batch) * (batch_idx != 1)
