@@ -28,6 +28,7 @@ from lightrft_lightning.strategies.factory import (
 )
 from lightrft_lightning.strategies.fake import FakeStrategy
 from lightrft_lightning.strategies.fsdp import FSDPV2Strategy
+from lightrft_lightning.strategies.lightrft_calls import is_engine
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ __all__ = [
     "available_strategies",
     "get_fake_strategy",
     "get_strategy",
+    "is_engine",
     "register_strategy",
 ]
 

@@ -282,16 +282,20 @@ class StrategyConfig:
         Raises:
             ValueError: such a field; the message has the remedy.
         """
-        original = self.args  # type: ignore[attr-defined]
         for name, instead in UNREAD.items():
             value = getattr(self, name)
             usual = type(self).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)
             if value in usual or (name == "local_rank" and str(value) == os.environ.get("LOCAL_RANK")):
                 continue
-            told = f"{name}={value!r}: no strategy reads it; {instead}"
-            if isinstance(original, StrategyConfig | Mapping):
+            told = f"{name}={value!r}: nothing here reads it; {instead}"
+            if not self.is_of_a_script:
                 raise ValueError(f"{told}; leave it out")
             log.warning(told)
+
+    @property
+    def is_of_a_script(self) -> bool:
+        """Whether it comes from a parser, which fills everything in, and not from single settings."""
+        return not isinstance(self.args, StrategyConfig | Mapping)  # type: ignore[attr-defined]
 
     def is_set(self, *names: str) -> bool:
         """Whether the user gave at least one of these fields, be it with its default value."""

@@ -29,7 +29,6 @@ from lightrft_lightning.callbacks.rollout import RolloutCallback
 from lightrft_lightning.checkpoints.settings import KEY as SETTINGS
 from lightrft_lightning.checkpoints.settings import given, let_given_win
 from lightrft_lightning.checkpoints.trainer_state import load_module
-from lightrft_lightning.config import PARSER_DEFAULTS
 from lightrft_lightning.critic import Critic, as_critic, new_critic
 from lightrft_lightning.engines.fire import stream_with_hot_start
 from lightrft_lightning.environments.episodes import Episodes, with_environment
@@ -758,16 +757,11 @@ class RLHFModule(Update):
             if rewards is not None:
                 raise ValueError(f"remote_rm_url={config.remote_rm_url!r} and rewards={rewards!r}: give one of them")
             rewards = {"name": "remote", "url": [url.strip() for url in config.remote_rm_url.split(",")]}
-        critic = () if config.advantage_estimator == "gae" else ("critic_pretrain", "critic_learning_rate")
-        refused = (
-            *critic, "pretrain_data", "mixed_mm_data",
-            "micro_rollout_batch_size", "plot_every", "use_tensorboard",
-        )  # fmt: skip
-        for name in refused:
-            usual = type(config).__dataclass_fields__[name].default, PARSER_DEFAULTS.get(name)
-            if getattr(config, name) not in usual:
-                why = "only advantage_estimator='gae' has a critic" if name in critic else "not there yet"
-                raise ValueError(f"{name}={getattr(config, name)!r}: {why}, leave it out")
+        config.tell_unread()
+        if config.advantage_estimator != "gae" and not config.is_of_a_script:  # whose parsers fill these in
+            for name in ("critic_pretrain", "critic_learning_rate"):
+                if getattr(config, name) != type(config).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}={getattr(config, name)!r}: {lightrft_flags.NO_CRITIC}")
         flags, estimator = config.extra_args, config.advantage_estimator
         more = lightrft_flags.module_settings(flags, estimator, config.use_kl_loss, settings.get("kl_coef"))
         if "algorithm" in settings:  # which says these itself

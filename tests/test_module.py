@@ -756,7 +756,7 @@ def test_failed_rewards_may_get_a_fixed_value(tmp_path):
 
 @pytest.mark.parametrize("field", [{"plot_every": 5}, {"use_tensorboard": "x"}])
 def test_from_config_refuses_what_it_cannot_do(field):
-    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*not there yet"):
+    with pytest.raises(ValueError, match=f"{next(iter(field))}=.*nothing here reads it"):
         RLHFModule.from_config(StrategyConfig(**field), "anything", even_digits)
 
 

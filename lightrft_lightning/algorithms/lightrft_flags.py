@@ -19,7 +19,6 @@ NO_CRITIC = "only advantage_estimator='gae' has a critic, leave it out"
 REFUSED = {
     "enable_ema": (False, "average with strategy.moving_average"),
     "aux_loss_coef": (0, "there is no loss that balances experts"),
-    "freeze_prefix": (False, "freeze it in a model object: requires_grad_(False)"),
     "normalize_reward_for_critic": (False, "take reward_norm"),
     "gradient_checkpointing_use_reentrant": (False, "layers are computed again without it"),
 }
@@ -28,6 +27,7 @@ ELSEWHERE = {
     "rollout_batch_size": (512, "PromptDataModule(batch_size={0}); steps_per_epoch says how many steps it makes"),
     "prompt_max_len": (1024, "PromptDataModule(max_prompt_length={0})"),
     "num_episodes": (1, "Trainer(max_epochs={0})"),
+    "freeze_prefix": (False, "a model object, requires_grad_(False) of its vision part; nothing is frozen here"),
     "max_samples": (1_000_000, "PromptDataModule(limit={0})"),
 }
 """Flags of what is not the module: their default, and where they go."""
@@ -81,6 +81,9 @@ def _frozen(flags: Mapping[str, Any]) -> int:
 
 def _aggregation(flags: Mapping[str, Any]) -> str:
     mode = flags.get("loss_agg_mode") or "seq-mean-token-mean"
+    if mode == "seq-mean-token-sum":  # the default of one of the parsers
+        log.warning("loss_agg_mode=%r: LightRFT does not read it and takes the mean over tokens, as is done here", mode)
+        mode = "seq-mean-token-mean"
     if mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode={mode!r}: give aggregation=, or one of {', '.join(AGGREGATIONS)}")
     return AGGREGATIONS[mode]

@@ -53,14 +53,19 @@ class InferenceEngines:
         return self.inference_engine
 
     def engines_sleep(self, engines: RolloutEngine | Iterable[RolloutEngine], level: int = 1) -> None:
-        """Let engines give their device memory back; idempotent."""
+        """Let engines give their device memory back; idempotent.
+
+        Args:
+            engines: of this package, or objects with ``release_memory_occupation``, as SGLang's own.
+            level: see `RolloutEngine.sleep`.
+        """
         for engine in _as_list(engines):
-            engine.sleep(level)
+            engine.sleep(level) if hasattr(engine, "sleep") else engine.release_memory_occupation()
 
     def engines_wake_up(self, engines: RolloutEngine | Iterable[RolloutEngine]) -> None:
         """Undo `engines_sleep`; idempotent."""
         for engine in _as_list(engines):
-            engine.wake_up()
+            engine.wake_up() if hasattr(engine, "wake_up") else engine.resume_memory_occupation()
 
     def maybe_sleep_inference_engine(self) -> None:
         """`engines_sleep` of the strategy's own engine, if it has one and `enable_engine_sleep` is set."""

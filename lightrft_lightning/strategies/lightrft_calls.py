@@ -34,6 +34,11 @@ SETTINGS = (
 Triple = tuple[nn.Module | None, Optimizer | None, Any]
 
 
+def is_engine(model: Any) -> bool:
+    """Whether something that generates is an engine and not the model itself."""
+    return hasattr(model, "wake_up") or hasattr(model, "resume_memory_occupation")
+
+
 class LightRFTCalls:
     """A base class of `StrategyBase`, whose methods it calls and nothing else."""
 

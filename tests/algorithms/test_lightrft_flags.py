@@ -20,7 +20,8 @@ PARSED = {  # what the parsers fill in
     "loss_agg_mode": "seq-mean-token-mean", "use_gspo": False, "use_cpg_loss": False, "use_fire": False,
     "first_token_temperature": 10.0, "freezing_actor_steps": -1, "kl_target": None, "init_kl_coef": 0.0,
     "lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear", "lora_dropout": 0, "load_in_4bit": False,
-    "high_entropy_token_ratio": 0.0, "plot_every": 10, "aux_loss_coef": 0, "enable_ema": False, "num_episodes": 1,
+    "high_entropy_token_ratio": 0.0, "plot_every": 10,
+    "critic_learning_rate": 9e-6, "aux_loss_coef": 0, "enable_ema": False, "num_episodes": 1,
 }  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_flags_arrive():
         ({"estimator": "group_norm", "gamma": 0.5}, "compares whole completions"),
         ({"estimator": "group_norm", "lambd": 0.5}, "lambd=0.5: only advantage_estimator='gae'"),
         ({"estimator": "rloo", "freezing_actor_steps": 3}, "only advantage_estimator='gae' has a critic"),
-        ({"loss_agg_mode": "seq-mean-token-sum"}, "give aggregation=, or one of seq-mean-token-mean, token-mean"),
+        ({"loss_agg_mode": "token-sum"}, "give aggregation=, or one of seq-mean-token-mean, token-mean"),
         ({"kl_target": 2.0}, "needs init_kl_coef"),
         ({"use_gspo": True, "use_cpg_loss": True}, "set one of them"),
         ({"enable_ema": True}, "strategy.moving_average"),
@@ -81,11 +82,11 @@ def test_what_goes_elsewhere_is_told(caplog):
 
 @pytest.mark.parametrize(("name", "value"), [("plot_every", 5), ("use_tensorboard", "logs"), ("local_rank", 3)])
 def test_a_field_that_nothing_reads_is_an_error_and_in_a_scripts_arguments_a_line(name, value, caplog):
-    with pytest.raises(ValueError, match=f"{name}={value!r}: no strategy reads it; .*leave it out"):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: nothing here reads it; .*leave it out"):
         FakeStrategy(**{name: value})
     with caplog.at_level(logging.WARNING):
         assert getattr(get_strategy(argparse.Namespace(**{name: value})).config, name) == value
-    assert f"{name}={value!r}: no strategy reads it" in caplog.text
+    assert f"{name}={value!r}: nothing here reads it" in caplog.text
 
 
 def test_the_page_names_every_flag():

@@ -18,6 +18,7 @@ from lightrft_lightning import (
     TransformersRollout,
     get_fake_strategy,
     get_strategy,
+    is_engine,
 )
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
@@ -204,3 +205,21 @@ def test_flags_of_its_run_scripts(caplog):
     assert strategy.config.advantage_estimator == "reinforce_plus_plus" and strategy.args is args
     with pytest.raises(ValueError, match="zero_stage=3: FSDP2 has no ZeRO stages"):
         StrategyConfig(fsdp=True, zero_stage=3)  # nobody but the user has said so
+
+
+def test_objects_of_sglangs_own_sleep_and_wake_too():
+    class Own:
+        def __init__(self):
+            self.asked = []
+
+        def release_memory_occupation(self):
+            self.asked.append("sleep")
+
+        def resume_memory_occupation(self):
+            self.asked.append("wake")
+
+    engine = Own()
+    FakeStrategy().engines_sleep([engine])
+    FakeStrategy().engines_wake_up(engine)
+    assert engine.asked == ["sleep", "wake"]
+    assert is_engine(engine) and is_engine(TransformersRollout()) and not is_engine(torch.nn.Linear(1, 1))
