@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "jobs"
 JOBS = {
     "fsdp_loop": 2, "fsdp_trainer": 2, "fsdp_hybrid": 4,
     "deepspeed_loop": 2, "deepspeed_options": 2, "deepspeed_trainer": 2, "deepspeed_checkpoint": 2,
-    "adam_8bit": 2, "supervised_trainer": 2, "ahead_trainer lightrft_fsdp": 2,
+    "interface one": 1, "interface two": 2, "adam_8bit": 2, "supervised_trainer": 2, "ahead_trainer lightrft_fsdp": 2,
 }  # fmt: skip
 """And on how many processes each runs."""
 JOBS |= {
