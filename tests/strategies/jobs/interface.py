@@ -1,4 +1,4 @@
-"""What the strategy module promises, call by call, on every back end and as many processes as there are; see checks.py."""
+"""What the strategy module promises, call by call, on every back end, on one rank and on several; see checks.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightrft_lightning import DeepspeedStrategy, FakeStrategy, FSDPV2Strategy, 
 from lightrft_lightning.models.tiny import char_tokenizer, tiny_llama
 
 FOLDER = Path(sys.argv[1])
-RANKS, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+RANKS, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 NAMES = ["lightrft_fsdp", "lightrft_deepspeed_stage_2", "lightrft_deepspeed_stage_3"]
 NAMES += ["lightrft_fake"] if RANKS == 1 else []
 BATCHES = {"micro_train_batch_size": 2, "train_batch_size": 4 * RANKS, "bf16": False}
