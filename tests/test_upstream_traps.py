@@ -65,7 +65,7 @@ print(torch.cuda.is_initialized(), torch.distributed.is_initialized())
 
 
 def test_the_device_is_the_trainers_not_the_rank_modulo_eight():
-    strategy = FakeStrategy(local_rank=11)
+    strategy = FakeStrategy(args=argparse.Namespace(local_rank=11))
     strategy.parallel_devices = [torch.device("cuda", 3)]
     assert strategy.root_device == torch.device("cuda", 3)
 
