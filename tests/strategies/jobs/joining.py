@@ -36,7 +36,7 @@ print("met", flush=True)
 failures._watch.stop()
 failures.START_TIMEOUT = timedelta(seconds=1)
 if rank == 0:
-    time.sleep(3)  # rank 1 waits for it in vain, then it for rank 1
+    time.sleep(8)  # rank 1 waits for it in vain, on a busy machine for longer than its second; then it for rank 1
 try:
     start_process_group(accelerator="cpu")
 except ConnectionError as error:
