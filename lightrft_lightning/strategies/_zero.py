@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightrft_lightning._errors import import_extra
+from lightrft_lightning.strategies.elementwise import check_elementwise
+from lightrft_lightning.strategies.written import Written
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +119,9 @@ class ZeroModel:
             _check_optimizer(model, optimizer)
             optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
             self.groups = [[p for p in g["params"] if p.requires_grad] for g in optimizer.param_groups]
-        self._versions = {p: p._version for group in self.groups for p in group}
-        """Of each parameter, as torch counts what is written into it."""
-        self._written: set[nn.Parameter] = set()
-        self._written_in_parts: set[nn.Parameter] = set()
+        self._has_gradients = False
         self._with_gradients: set[nn.Parameter] = set()
         self._told: set[str] = set()
-        self.replaced = False
-        """Whether the weights are others for a while, see `StrategyBase.replaced_weights`."""
         self.low_precision = is_low(config)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
@@ -133,6 +130,8 @@ class ZeroModel:
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.zero: Any = self.engine.optimizer
         """DeepSpeed's optimizer; of a model without one, what gathers and frees its parameters."""
+        self.gather_small()
+        self.written = Written(self)
         for name, piece in self.masters() if exact else ():
             # DeepSpeed makes the master weights from weights that it has rounded already.
             if name in exact:
@@ -141,7 +140,6 @@ class ZeroModel:
         if optimizer is not None:
             for parameter in (p for group in self.groups for p in group):
                 parameter.register_post_accumulate_grad_hook(self._with_gradients.add)
-            self._before_forward = model.register_forward_pre_hook(self._keep_written, prepend=True)
             optimizer.zero_grad = self.discard_gradients  # type: ignore[method-assign]
         _ENGINES[model] = self
 
@@ -154,7 +152,7 @@ class ZeroModel:
 
     def _start_backward(self, scale: float) -> None:
         """What ``engine(...)`` would do at a forward pass and at the begin of the backward pass."""
-        zero = self.zero
+        self._has_gradients, zero = True, self.zero
         _leave_backward(zero)
         zero.clear_backward_seen_flag()  # counts the passes of an accumulation
         zero.custom_loss_scaler, zero.external_loss_scale = True, scale
@@ -169,7 +167,7 @@ class ZeroModel:
 
     def discard_gradients(self, set_to_none: bool = True) -> None:
         """What ``optimizer.zero_grad()`` means: forget the backward passes since the last step."""
-        zero = self.zero
+        self._has_gradients, zero = False, self.zero
         zero.zero_grad(set_to_none=True)
         if self._without_hooks:
             zero.clear_hp_grads()
@@ -189,10 +187,19 @@ class ZeroModel:
 
         Returns:
             The norm after the division and before clipping; not finite if there was no step.
+
+        Raises:
+            RuntimeError: no backward pass was made through this strategy.
         """
         zero = self.zero
+        if not self._has_gradients and self.stage > 1:
+            raise RuntimeError(
+                "optimizer.step() without a backward pass through DeepSpeed since the last step: call "
+                "self.manual_backward(loss) in place of loss.backward(), or strategy.backward(loss, model, optimizer)"
+            )
+        self._has_gradients = False
         self._tell_of_missing_gradients()
-        self.adopt_changes()
+        self.written.adopt()
         zero.clip_grad = max(max_norm, 0.0)
         if self._without_hooks:
             for gradients in zero.fp32_groups_gradients_flat:
@@ -211,7 +218,7 @@ class ZeroModel:
         self._with_gradients.clear()
         if missing:
             self._tell(
-                f"{self._name(missing[0])} got no gradient: DeepSpeed steps it with one of 0, so that moments and "
+                f"{self.name_of(missing[0])} got no gradient: DeepSpeed steps it with one of 0, so that moments and "
                 "weight decay go on, where other back ends leave it as it is"
             )
 
@@ -222,57 +229,14 @@ class ZeroModel:
 
     # ---------------------------------------------------------------- parameters
 
-    @torch.no_grad()
-    def adopt_changes(self) -> None:
-        """Let the fp32 weights have what was written into the parameters since the last step, as by a hook that clamps.
+    def gather_small(self) -> None:
+        """Make small parameters of stage 3 whole, as they are after each step, so that they can be written into."""
+        small = getattr(self.zero, "parameter_offload", self.zero).persistent_parameters if self.stage == 3 else ()
+        if free := [p for p in small if p.ds_status.name == "NOT_AVAILABLE"]:
+            free[0].all_gather(free)
 
-        DeepSpeed would write its own over it. At stage 3 only small parameters, which stay whole, can be written into
-        outside of ``GatheredParameters``.
-        """
-        self._keep_written()
-        for parameter, flat, place in self.places() if not self.replaced else ():
-            if place is not None and (self.stage == 3 or parameter.numel()):  # none: `offload`
-                master = flat.detach().narrow(0, place.start, place.numel)
-                part = self._computed_with(parameter, place)
-                if part.device != master.device and parameter not in self._written:
-                    continue  # offloaded: only what torch has counted is worth the way
-                part = part.to(master.device)
-                if parameter in self._written_in_parts and torch.equal(master.to(part.dtype), part):
-                    self._tell(
-                        f"{self._name(parameter)} is with all ranks in parts, so what was written into it is lost: "
-                        "write inside of deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)"
-                    )
-                master.copy_(torch.where(master.to(part.dtype) == part, master, part.to(master.dtype)))
-        self._written.clear()
-        self._written_in_parts.clear()
-
-    def forget_changes(self) -> None:
-        """Take what is in the parameters now for what the last step has left there."""
-        self._versions = {parameter: parameter._version for parameter in self._versions}
-
-    def _name(self, parameter: nn.Parameter) -> str:
+    def name_of(self, parameter: nn.Parameter) -> str:
         return next(name for name, p in self.model.named_parameters() if p is parameter)
-
-    def _computed_with(self, parameter: nn.Parameter, place: Place) -> Tensor:
-        """This rank's part of what forward passes take."""
-        if self.stage < 3:
-            return parameter.detach().view(-1).narrow(0, place.offset, place.numel)
-        shard = self.shard(parameter)
-        assert shard is not None
-        return shard.values
-
-    @torch.no_grad()
-    def _keep_written(self, *_: Any) -> None:
-        """Note what was written into; at stage 3, let this rank's parts have it, or a pass would undo it."""
-        for parameter in (p for group in self.groups for p in group):
-            if self.replaced or parameter._version == self._versions[parameter]:
-                continue
-            self._versions[parameter] = parameter._version
-            self._written.add(parameter)
-            if self.stage == 3 and parameter.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
-                self._written_in_parts.add(parameter)
-            elif self.stage == 3 and (shard := self.shard(parameter)) is not None:
-                shard.values.copy_(parameter.detach().view(-1)[shard.offset : shard.offset + len(shard.values)])
 
     def places(self) -> Iterator[tuple[nn.Parameter, Tensor, Place | None]]:
         """Trained parameters, the flat fp32 tensors that the optimizer steps, and where one is in the other.
@@ -303,7 +267,7 @@ class ZeroModel:
 
     def masters(self) -> Iterator[tuple[str, Piece]]:
         """The part of the fp32 weights of trained parameters that this rank keeps, by name."""
-        self.adopt_changes()
+        self.written.adopt()
         names = {id(p): name for name, p in self.model.named_parameters()}
         for parameter, flat, place in self.places():
             if place is not None:
@@ -387,8 +351,7 @@ class ZeroModel:
         for _, parameter in self.sharded():
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()
-        if self.optimizer is not None:
-            self._before_forward.remove()
+        self.written.handle.remove()
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         self.engine.destroy()
@@ -451,13 +414,23 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise ValueError("Adagrad makes its state before DeepSpeed takes the weights apart: take AdamW or SGD")
     if optimizer.state:
         raise ValueError("prepare() got an optimizer that has made steps already: prepare before the first step")
+    check_elementwise(optimizer)
 
 
-def backward_through(models: Sequence[ZeroModel], loss: Tensor, retain_graph: bool = False) -> None:
-    """Add the gradients of `loss`, which may depend on any of `models`, to those there are."""
+def backward_through(
+    models: Sequence[ZeroModel], loss: Tensor, go: Callable[[Tensor], Any] = Tensor.backward, scale: float = 1.0
+) -> None:
+    """Add the gradients of `loss` × `scale`, which may depend on any of `models`, to those there are.
+
+    Args:
+        models: with their engines.
+        loss: a scalar.
+        go: makes the backward pass.
+        scale: of float16.
+    """
     for model in models:
-        model._start_backward(1.0)
-    loss.backward(retain_graph=retain_graph)
+        model._start_backward(scale)
+    go(loss * scale)
     for model in models:
         if model._without_hooks:
             model.engine._backward_epilogue()

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -107,9 +108,17 @@ class ZeroPrecision(Precision):
 
     @override
     def backward(self, tensor: Tensor, model: Any, optimizer: Steppable | None, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        if is_overridden("backward", model):
+            self._strategy.lightning_backward(tensor, optimizer, go=lambda loss: model.backward(loss, *args, **kwargs))
+            return
         retain_graph = kwargs.pop("retain_graph", False)
         if args or kwargs:
             raise TypeError(f"manual_backward: DeepSpeed takes the loss and retain_graph=, got {[*args, *kwargs]}")
+        if retain_graph and self._strategy.config.zero_stage == 3:
+            raise MisconfigurationException(
+                "manual_backward(retain_graph=True): ZeRO-3 frees the weights that a second pass needs: add the losses "
+                "up and go back once, or take stage 2"
+            )
         self._strategy.lightning_backward(tensor, optimizer, bool(retain_graph))
 
     @override

@@ -116,7 +116,7 @@ def _names(model: nn.Module) -> Names:
 
 def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
     """By the id of the parameter: its fp32 values where it is trained, else its own if it is sharded."""
-    zero.adopt_changes()
+    zero.written.adopt()
     masters: dict[int, Piece | None] = {}
     dtypes: dict[int, torch.dtype] = {}
     for parameter, flat, place in zero.places():
@@ -137,13 +137,13 @@ def model_tensors(zero: ZeroModel) -> dict[int, FlatTensor]:
 def model_loaded(zero: ZeroModel) -> None:
     """Let the weights that the model computes with follow those of `model_tensors`. All ranks together."""
     free_gathered(zero)  # it is out of date
-    if zero.optimizer is None:
-        return
-    if zero.stage < 3:
+    if zero.optimizer is not None and zero.stage < 3:
         zero.zero.update_lp_params()
-        return
-    for low, full in zip(zero.zero.fp16_partitioned_groups_flat, zero.zero.fp32_partitioned_groups_flat, strict=True):
-        low.data.copy_(full.data)
+    elif zero.optimizer is not None:
+        parts = zero.zero.fp16_partitioned_groups_flat, zero.zero.fp32_partitioned_groups_flat
+        for low, full in zip(*parts, strict=True):
+            low.data.copy_(full.data)
+    zero.gather_small()
 
 
 def free_gathered(zero: ZeroModel) -> None:

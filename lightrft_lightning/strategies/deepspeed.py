@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -40,7 +41,15 @@ from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained, check_one_scale, pairs_in
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
-from lightrft_lightning.strategies.limits import check_callbacks, check_sparse, gradient_hook, no_second_derivatives
+from lightrft_lightning.strategies.limits import (
+    check_callbacks,
+    check_compiled,
+    check_embeddings,
+    explained,
+    gradient_hook,
+    no_second_derivatives,
+)
+from lightrft_lightning.strategies.sharding import take_those_of_rank_0
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -161,13 +170,11 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         module = self.lightning_module
         assert module is not None
         self.training_engines = trainer.state.fn == TrainerFn.FITTING
-        check_sparse(module, self.strategy_name)
-        hook = gradient_hook([module, *trainer.callbacks]) if self.config.zero_stage > 1 else None  # type: ignore[attr-defined]
-        if hook is not None and self.training_engines:
-            raise MisconfigurationException(
-                f"{hook} looks at gradients, which ZeRO-{self.config.zero_stage} takes apart during the backward pass, "
-                "so that parameters have none: leave it out, or take stage 1, FSDP2 or lightrft_fake"
-            )
+        check_embeddings(module, self.strategy_name)
+        check_compiled(module, self.compile_problem())
+        self._check_gradient_hooks(module)
+        if self.world_size > 1:
+            take_those_of_rank_0([module], self.gather_objects, self.root_device)
         for part in frozen_parts(module, ()) if has_meta(module) else ():
             self._streamed[part] = stream_in(self._deepspeed, part, self._json(part), self.root_device)
         if self.training_engines:
@@ -181,6 +188,17 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         for wrapper in self._lightning_optimizers:
             wrapper.zero_grad = wrapper.optimizer.zero_grad  # type: ignore[attr-defined]
         self.barrier()
+
+    def _check_gradient_hooks(self, module: pl.LightningModule) -> None:
+        stage = self.config.zero_stage
+        if not self.training_engines or (stage == 1 and self.world_size == 1):
+            return
+        if hook := gradient_hook(module, module.trainer.callbacks):  # type: ignore[attr-defined]
+            does = "averages over the ranks later" if stage == 1 else "takes apart, so that parameters have none"
+            raise MisconfigurationException(
+                f"{hook} looks at gradients, which ZeRO-{stage} {does}: leave it out, or take lightrft_fsdp or "
+                "lightrft_fake"
+            )
 
     setup_optimizers = Strategy.setup_optimizers  # not Lightning's for DeepSpeed, which takes one from the JSON
 
@@ -203,24 +221,29 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         for part in frozen_parts(module, parts):
             self._wrap(part, self._models.setdefault(part, _Trained()))
 
-    def lightning_backward(self, loss: Tensor, optimizer: Any, retain_graph: bool = False) -> None:
-        """Lightning's call form: through the engine of `optimizer`, or through all if None."""
-        if retain_graph and self.config.zero_stage == 3:
-            raise MisconfigurationException(
-                "manual_backward(retain_graph=True): ZeRO-3 frees the weights that a second pass needs: add the losses "
-                "up and go back once, or take stage 2"
-            )
+    def lightning_backward(
+        self, loss: Tensor, optimizer: Any, retain_graph: bool = False, go: Callable[[Tensor], Any] | None = None
+    ) -> None:
+        """Lightning's call form: through the engine of `optimizer`, or through all if None.
+
+        Args:
+            loss: a scalar.
+            optimizer: whose engine.
+            retain_graph: as in `Tensor.backward`.
+            go: a module's own backward pass.
+        """
         engines = [z for z in self._zero.values() if z.optimizer is not None]
-        if optimizer is None and len(engines) > 1:
-            if self.compute_dtype == torch.float16:
-                raise MisconfigurationException(
-                    "manual_backward(loss) with several optimizers in precision='16-mixed' does not tell whose loss "
-                    "scale to take: call self.trainer.strategy.backward(loss, model, optimizer)"
-                )
-            backward_through(engines, loss, retain_graph)
-            return
-        zero = engines[0] if optimizer is None else self._zero_of(optimizer)
-        zero.backward(loss, self._loss_scale(zero), retain_graph)
+        if optimizer is None and len(engines) > 1 and self.compute_dtype == torch.float16:
+            raise MisconfigurationException(
+                "manual_backward(loss) with several optimizers in precision='16-mixed' does not tell whose loss "
+                "scale to take: call self.trainer.strategy.backward(loss, model, optimizer)"
+            )
+        chosen = engines if optimizer is None else [self._zero_of(optimizer)]
+        scale = self._loss_scale(chosen[0])
+        if go is None and len(chosen) == 1:
+            chosen[0].backward(loss, scale, retain_graph)
+        else:
+            backward_through(chosen, loss, go or partial(Tensor.backward, retain_graph=retain_graph), scale)
 
     def clip_next_step(self, optimizer: Any, max_norm: float) -> None:
         """Lightning's call form: clip the gradients of the next step of `optimizer`."""
@@ -241,9 +264,17 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        once = no_second_derivatives("ZeRO-3") if self.config.zero_stage == 3 else contextlib.nullcontext()
-        with self.precision_plugin.train_step_context(), once:
+        with contextlib.ExitStack() as inside:
+            inside.enter_context(self.precision_plugin.train_step_context())
+            if self.config.zero_stage == 3:
+                inside.enter_context(no_second_derivatives("ZeRO-3"))
+                inside.enter_context(explained("ZeRO-3"))
             return self._call_step("training_step", *args, **kwargs)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with explained("ZeRO-3") if self.config.zero_stage == 3 else contextlib.nullcontext():
+            return super().backward(*args, **kwargs)
 
     @property
     @override
@@ -266,6 +297,8 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         zero = self._zero.get(model)
         if zero is not None and zero.optimizer is known.optimizer:
             return model
+        if self.world_size > 1 and self.lightning_module is None:
+            take_those_of_rank_0([model], self.gather_objects, self.root_device)
         dtype = self._weights_dtype
         if known.optimizer is None and self.config.zero_stage < 3:
             model.to(self.root_device)
@@ -412,21 +445,21 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
     def replaced_weights(self, model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         engines = self._engines_in(model)
         for zero in engines:
-            zero.adopt_changes()
-            zero.replaced = True
+            zero.written.adopt()
+            zero.written.paused = True
         try:
             with super().replaced_weights(model, values):
                 yield
         finally:
             for zero in engines:
-                zero.forget_changes()
-                zero.replaced = False
+                zero.written.forget()
+                zero.written.paused = False
 
     @override
     def named_full_tensors(self, model: nn.Module, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         gathered = self._deepspeed.zero.GatheredParameters if self.config.zero_stage == 3 else None
         for zero in self._engines_in(model):
-            zero.adopt_changes()
+            zero.written.adopt()
         chosen = {name: p for name, p in model.named_parameters() if names is None or name in names}
         for bucket in buckets(chosen):
             free = [p for p in bucket.values() if hasattr(p, "ds_id")]

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    fully_shard,
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
@@ -36,12 +37,19 @@ from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_
 from lightrft_lightning.strategies.base import _Trained, pairs_in
 from lightrft_lightning.strategies.distributed import DistributedStrategy
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
-from lightrft_lightning.strategies.limits import check_callbacks, check_sparse, explained, no_second_derivatives
+from lightrft_lightning.strategies.limits import (
+    check_callbacks,
+    check_embeddings,
+    check_hooks_of_parameters,
+    explained,
+    no_second_derivatives,
+    step_explained,
+)
 from lightrft_lightning.strategies.sharding import (
     KEPT_WHOLE,
+    WITH_OWN_PARAMETERS,
     Replaced,
     check_holds_sharded,
-    check_sharded,
     families,
     free_if_evaluated,
     reshard,
@@ -174,11 +182,14 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         module = self.lightning_module
         assert module is not None
-        check_sparse(module, self.strategy_name)
+        check_embeddings(module, self.strategy_name)
+        check_hooks_of_parameters(module, self.strategy_name)
         for family in families(part for _, part in trainable_parts(module)):
             self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))
+        self._shard_own_parameters(module)
         reshard(module)
-        check_sharded(module)
+        if self.world_size > 1:  # the module's own buffers, and those of parts without parameters
+            take_those_of_rank_0([module], self.gather_objects, self.root_device)
         self._rest_to_device(module)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -189,13 +200,24 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        check_hooks_of_parameters(self.lightning_module, self.strategy_name)
         with explained(self.strategy_name), no_second_derivatives(self.strategy_name):
             return super().training_step(*args, **kwargs)
 
     @override
     def _call_step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a step of the module, as its forward pass where it has parameters of its own to gather."""
+        module = self.lightning_module
         with explained(self.strategy_name):
+            if module in WITH_OWN_PARAMETERS:
+                return self._forward_redirection(module, module, name, *args, **kwargs)  # type: ignore[arg-type]
             return super()._call_step(name, *args, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with step_explained(optimizer, self.strategy_name):
+            return super().optimizer_step(optimizer, *args, **kwargs)
 
     # ---------------------------------------------------------------- sharding
 
@@ -249,6 +271,20 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         replaced.repoint()
         if root is not None:
             start(root)
+
+    def _shard_own_parameters(self, module: pl.LightningModule) -> None:
+        """Shard parameters that are in no submodule with a forward pass; those of `module`, or of a `ParameterList`."""
+        if isinstance(module, FSDPModule) or all(isinstance(p, DTensor) for p in module.parameters()):
+            return
+        replaced = Replaced([module])
+        if self.world_size > 1:
+            take_those_of_rank_0([module], self.gather_objects, self.root_device)
+        fully_shard(
+            module, mesh=self._sharding_mesh, reshard_after_forward=False, offload_policy=self._offload_policy()
+        )
+        module.register_forward_hook(free_if_evaluated)
+        WITH_OWN_PARAMETERS.add(module)
+        replaced.repoint()
 
     def _rest_to_device(self, model: nn.Module) -> None:
         """Everything but offloaded parameters."""
@@ -322,7 +358,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         raw = getattr(optimizer, "optimizer", optimizer)
         if self.config.adam_offload:
             self._move_moments(raw, self.root_device)
-        super()._make_step(optimizer, step)
+        with step_explained(optimizer, self.strategy_name):
+            super()._make_step(optimizer, step)
         if self.config.adam_offload:
             self._move_moments(raw, torch.device("cpu"))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad", "configure_gradient_clipping")
 """Of a module or a callback, in which gradients are whole and in place in other back ends."""
@@ -41,45 +44,85 @@ def check_callbacks(module: pl.LightningModule, refused: tuple[type[pl.Callback]
             )
 
 
-def check_sparse(module: nn.Module, strategy: str) -> None:
-    """Refuse embeddings with sparse gradients, which are cut into parts nowhere."""
+def check_embeddings(module: nn.Module, strategy: str) -> None:
+    """Refuse embeddings with sparse gradients, which are cut into parts nowhere, and those that write into weights."""
     for name, part in module.named_modules():
-        sparse = isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
-        if sparse and part.weight.requires_grad:  # type: ignore[union-attr]
+        if not isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            continue
+        if part.sparse and part.weight.requires_grad:
             raise MisconfigurationException(
                 f"{name}: {strategy} cannot reduce sparse gradients: leave sparse=True of the {type(part).__name__} out"
             )
+        if part.max_norm is not None:
+            raise MisconfigurationException(
+                f"{name}: each rank would scale other rows of its weights down in its forward passes: leave "
+                f"max_norm={part.max_norm} of the {type(part).__name__} out, or take lightrft_fake"
+            )
+
+
+def check_hooks_of_parameters(module: nn.Module, strategy: str) -> None:
+    """Refuse hooks of parameters that are, or will be, in parts: the backward pass is that of their whole twins."""
+    for name, parameter in module.named_parameters():
+        twin_is_stepped = not isinstance(parameter, DTensor) and parameter._post_accumulate_grad_hooks
+        if parameter._backward_hooks or twin_is_stepped:
+            raise MisconfigurationException(
+                f"{name} has a hook (register_hook), which {strategy} would not call: change the gradient in "
+                "on_after_backward, or take lightrft_fake or DeepSpeed"
+            )
+
+
+def check_compiled(module: nn.Module, problem: str | None) -> None:
+    """Refuse submodules that `torch.compile` has wrapped where the back end has a problem with it."""
+    for name, part in module.named_modules() if problem is not None else ():
+        if "_orig_mod" in part._modules:
+            raise MisconfigurationException(f"torch.compile of {name}: {problem}")
 
 
 @contextlib.contextmanager
 def no_second_derivatives(strategy: str) -> Iterator[None]:
     """Inside, a graph of gradients is refused: its backward pass would find weights that were freed after the first."""
-    grad = torch.autograd.grad
+    run = (
+        torch.autograd._engine_run_backward
+    )  # what grad() and backward() both call, by whatever name they were imported
 
-    def first_only(*args: Any, **named: Any) -> Any:
-        if named.get("create_graph") or any(args[4:5]):
+    def first_only(outputs: Any, *args: Any, **named: Any) -> Any:
+        if any(args[2:3]):
             raise MisconfigurationException(
-                f"torch.autograd.grad(create_graph=True): {strategy} frees the weights that the gradient of a gradient "
+                f"create_graph=True: {strategy} frees the weights that the gradient of a gradient "
                 "needs: take lightrft_fake, or DeepSpeed's stage 1 or 2"
             )
-        return grad(*args, **named)
+        return run(outputs, *args, **named)
 
-    with mock.patch.object(torch.autograd, "grad", first_only):
+    with mock.patch.object(torch.autograd, "_engine_run_backward", first_only):
         yield
 
 
 @contextlib.contextmanager
 def explained(strategy: str) -> Iterator[None]:
-    """Inside, an error about a weight that is in parts says which method has used it."""
+    """Inside, an error about a weight that is in parts, or empty as those of ZeRO-3, says who has used it."""
     try:
         yield
     except RuntimeError as err:
-        if "mixed torch.Tensor and DTensor" not in str(err):
+        if not any(words in str(err) for words in ("mixed torch.Tensor and DTensor", "got [0] but expected shape")):
             raise
         user = _last_user(err.__traceback__)
         raise MisconfigurationException(
-            f"{user} uses weights that {strategy} gathers for the forward pass of their module only: call the module "
-            "itself, whose forward() may call anything in it"
+            f"{user} uses weights that {strategy} gathers for the forward pass of their module only: use them in its "
+            "forward(), which may call anything in it"
+        ) from err
+
+
+@contextlib.contextmanager
+def step_explained(optimizer: Any, strategy: str) -> Iterator[None]:
+    """Inside, an error about what cannot be computed with parts of weights names the optimizer."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as err:
+        if "placement" not in str(err) and "sharding strategy" not in str(err):
+            raise
+        raise MisconfigurationException(
+            f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} computes what {strategy} cannot with weights "
+            f"in parts (DTensor): take AdamW or SGD, or lightrft_fake: {err}"
         ) from err
 
 
@@ -90,19 +133,25 @@ def _last_user(traceback: types.TracebackType | None) -> str:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             cls = next(c for c in type(owner).__mro__ if not issubclass(c, FSDPModule))
-            if not cls.__module__.startswith("torch."):
+            if not cls.__module__.startswith(("torch.", "deepspeed.")):
                 found = f"{cls.__name__}.{frame.f_code.co_name}()"
     return found
 
 
-def gradient_hook(of: Iterable[Any]) -> str | None:
-    """The first hook of these objects that looks at gradients, as far as the names in its code tell."""
-    for owner in of:
+def gradient_hook(module: pl.LightningModule, callbacks: Iterable[Any]) -> str | None:
+    """The first method of a module or a callback that looks at gradients of parameters, as far as names in code tell.
+
+    The functions and methods that it calls are read as well.
+    """
+    for owner in (module, *callbacks):
         for name in GRADIENT_HOOKS:
-            hook = getattr(type(owner), name, None)
-            own = getattr(hook, "__module__", "").partition(".")[0] not in ("lightning", "lightrft_lightning")
-            if own and any(map(_means_gradients, _names(hook))):  # type: ignore[arg-type]
+            if any(map(_means_gradients, _names(getattr(type(owner), name, None), (type(owner), type(module)), set()))):
                 return f"{type(owner).__name__}.{name}"
+    step = None if module.automatic_optimization else type(module).training_step
+    names = set(_names(step, (type(module),), set()))
+    of_parameters = "grad" in names and not names.isdisjoint(("parameters", "named_parameters", "param_groups"))
+    if of_parameters or any(map(_means_gradients, names - {"grad"})):
+        return f"{type(module).__name__}.training_step"
     return None
 
 
@@ -110,9 +159,37 @@ def _means_gradients(name: str) -> bool:
     return name == "grad" or name.endswith(("grad_norm", "grad_norm_", "grad_value_"))
 
 
-def _names(hook: Callable[..., Any]) -> Iterator[str]:
-    codes = [code] if isinstance(code := getattr(hook, "__code__", None), types.CodeType) else []
+def _names(function: Any, owners: tuple[type, ...], seen: set[Any]) -> Iterator[str]:
+    """The names that a user's function, and those functions and methods of his that it calls, ask for.
+
+    Not `grad` where it is the function of `torch.autograd`.
+    """
+    function = inspect.unwrap(function) if callable(function) else None
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, types.CodeType) or code in seen or _foreign(function.__module__):
+        return
+    seen.add(code)
+    codes = [code]
     while codes:
         code = codes.pop()
-        yield from code.co_names
         codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+        before: Any = None  # a module of the user's, or the name
+        for step in dis.get_instructions(code):
+            if not step.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")):
+                continue
+            name, is_global = step.argval, step.opname == "LOAD_GLOBAL"
+            holders = (before,) if isinstance(before, types.ModuleType) else owners
+            known = function.__globals__ if is_global else {}
+            found = known.get(name) or next((v for o in holders if (v := getattr(o, name, None)) is not None), None)
+            if name != "grad" or not (is_global or before == "autograd"):
+                yield name
+            yield from _names(found, owners, seen)
+            before = found if isinstance(found, types.ModuleType) and not _foreign(found.__name__) else name
+
+
+def _foreign(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _FOREIGN
+
+
+_FOREIGN = ("torch", "lightning", "lightrft_lightning", "deepspeed", "transformers", "peft")
+"""Packages whose functions are not read."""

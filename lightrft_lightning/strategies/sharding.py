@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -54,6 +53,8 @@ def _repeated(model: nn.Module) -> Iterator[nn.Module]:
 def trainable_parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The submodules with a forward pass of their own that hold parameters, by name; containers are looked into."""
     for name, child in module.named_children():
+        if isinstance(child, nn.ParameterList | nn.ParameterDict):
+            continue  # without a forward pass
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from trainable_parts(child, f"{prefix}{name}.")
         elif any(True for _ in child.parameters()):
@@ -86,7 +87,7 @@ def take_those_of_rank_0(models: Sequence[nn.Module], gather: Callable[[Any], li
     """Make weights and buffers the same on all ranks, as a model that each makes at random is another one on each.
 
     Args:
-        models: whole; what has no memory yet is left out.
+        models: what is in parts already, or has no memory yet, is left out.
         gather: collects an object from every rank.
         device: that the ranks can send from.
 
@@ -96,7 +97,7 @@ def take_those_of_rank_0(models: Sequence[nn.Module], gather: Callable[[Any], li
     tensors: dict[str, torch.Tensor] = {}
     for number, model in enumerate(models):
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not tensor.is_meta:
+            if not (tensor.is_meta or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")):
                 tensors[f"{number}.{name}"] = tensor
     of_ranks = gather([(name, tuple(t.shape), str(t.dtype), _sums(t)) for name, t in tensors.items()])
     for rank, found in enumerate(of_ranks):
@@ -185,16 +186,6 @@ def _exchange(optimizer: Optimizer, new: Mapping[Any, Any]) -> None:
 # ---------------------------------------------------------------- what is sharded
 
 
-def check_sharded(module: nn.Module) -> None:
-    """Gradients of a parameter that is not sharded would never be averaged: the ranks would drift apart silently."""
-    loose = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    if loose:
-        raise MisconfigurationException(
-            f"trainable parameters that are not sharded: {', '.join(loose[:5])}{' ...' if len(loose) > 5 else ''}. "
-            "Put them into a submodule with a forward method, or shard them in configure_model"
-        )
-
-
 def check_holds_sharded(optimizer: Optimizer) -> None:
     """Raise ValueError if the optimizer would step something else than sharded parameters."""
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -222,6 +213,10 @@ def reshard(model: nn.Module) -> None:
 KEPT_WHOLE: WeakSet[Any] = WeakSet()
 """Modules that are whole for a while, for forward passes that each rank makes by itself. Of this process, not of a
 strategy: a model outlives the one that has sharded it."""
+
+
+WITH_OWN_PARAMETERS: WeakSet[Any] = WeakSet()
+"""LightningModules whose own parameters are gathered for each of their steps."""
 
 
 def free_if_evaluated(model: nn.Module, args: Any, output: Any) -> None:

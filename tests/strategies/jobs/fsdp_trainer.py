@@ -74,12 +74,6 @@ class ShardsByItself(Plain):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
-class Loose(Plain):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-
 def data(batch_size=4):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 6, generator=generator)
@@ -270,14 +264,6 @@ def check_first_forward_pass_in_inference_mode():
     t.validate(module, data(), verbose=False)
     t.fit(module, data(), data())
     assert t.global_step == 8
-
-
-def check_unsharded_trainable_parameters_are_refused():
-    with (
-        checks.unwatched(),
-        pytest.raises(MisconfigurationException, match=r"not sharded: scale\. Put"),
-    ):
-        trainer().fit(Loose(), data())
 
 
 def check_precision_that_fsdp_cannot_honour_is_refused_by_name_and_by_instance():

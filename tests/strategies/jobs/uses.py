@@ -7,13 +7,16 @@ On two ranks the measure is DDP, in one process Lightning's own strategy for one
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import logging
 import os
 import sys
 import tempfile
+import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -27,12 +30,17 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from torch import nn
+from torch.autograd import grad
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-import lightrft_lightning  # noqa: F401  # registers the strategies
+import lightrft_lightning
 
+KINDS = {
+    "ddp": pl.strategies.DDPStrategy,
+    "lightrft_deepspeed_stage_3": partial(lightrft_lightning.DeepspeedStrategy, zero_stage=3),
+}
 STRATEGIES = ("lightrft_fsdp", *(f"lightrft_deepspeed_stage_{stage}" for stage in (1, 2, 3)))
 RANK = int(os.environ.get("RANK", 0))
 USES: dict[str, type] = {}
@@ -540,6 +548,269 @@ class Early(Plain):
         return self.made
 
 
+class ChangedInParts(Clamped):
+    options = {
+        "lightrft_deepspeed_stage_3": {
+            "deepspeed_config": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+        }
+    }
+
+
+USES["large parameters changed in place after each batch"] = ChangedInParts
+
+
+@use("large parameters changed in place, inside of GatheredParameters")
+class ChangedGathered(ChangedInParts):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.parameters()), modifier_rank=0):
+            super().on_train_batch_end(outputs, batch, batch_idx)
+
+
+@use("parameters changed through .data after each batch")
+class ClampedData(Plain):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for p in self.parameters():
+            p.data.clamp_(-0.2, 0.2)
+
+
+@use("parameters changed in training_step, and set before the first")
+class ClampedBefore(Plain):
+    def on_train_start(self):
+        with torch.no_grad():
+            self.head.weight.fill_(0.05)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for p in self.parameters():
+                p.clamp_(-0.2, 0.2)
+        return self.loss(batch)
+
+
+@use("a frozen copy that follows")
+class Followed(Plain):
+    def __init__(self):
+        super().__init__()
+        self.target = copy.deepcopy(self.body).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) + (self.body(batch[0]) - self.target(batch[0]) / 2).square().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            for late, p in zip(self.target.parameters(), self.body.parameters(), strict=True):
+                late.lerp_(p, 0.5)
+
+    def on_train_epoch_end(self):
+        self.target.load_state_dict(self.body.state_dict())
+
+
+@use("ranks that make their own random buffers and frozen parts")
+class UnseededBuffers(Plain):
+    class Projection(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.register_buffer("by", torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)))
+
+        def forward(self, x):
+            return x @ self.by
+
+    def __init__(self):
+        super().__init__()
+        self.project, self.frozen = self.Projection(1 + RANK), nn.Linear(6, 6).requires_grad_(False)
+        self.register_buffer("more", torch.full((6,), float(RANK)))
+        self.frozen.bias.data.add_(RANK)
+
+    def forward(self, x):
+        return super().forward(self.frozen(self.project(x)) + self.more)
+
+
+def halve(module):
+    for p in module.parameters():
+        if p.grad is not None:
+            p.grad.mul_(0.5)
+
+
+@use("gradients changed in a function that a hook calls")
+class ChangedElsewhere(Plain):
+    def on_after_backward(self):
+        halve(self.head)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@use("gradients changed in a manual training_step")
+class ManuallyChanged(Manual):
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for p in self.parameters():
+            p.grad.clamp_(-0.1, 0.1)
+        optimizer.step()
+
+
+@use("the gradient of an input, in a manual training_step")
+class Attacked(Manual):
+    def training_step(self, batch, batch_idx):
+        optimizer, x = self.optimizers(), batch[0].clone().requires_grad_(True)
+        self.manual_backward(self.loss((x, batch[1])))
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(((x + 0.1 * x.grad.sign()).detach(), batch[1])))
+        optimizer.step()
+
+
+@use("create_graph=True of an imported grad")
+class ImportedPenalty(Plain):
+    def loss(self, batch):
+        x = batch[0].clone().requires_grad_(True)
+        y = self(x)
+        (slope,) = grad(y.sum(), x, create_graph=True)
+        return nn.functional.mse_loss(y, batch[1]) + slope.square().mean()
+
+
+@use("a backward() of its own")
+class OwnBackward(Plain):
+    def backward(self, loss):
+        (loss / 2).backward()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@use("loss.backward() in place of manual_backward(loss)")
+class DirectBackward(Manual):
+    alone = True  # DDP reduces nothing then
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
+@use("hooks of parameters, register_hook")
+class Hooked(Plain):
+    def __init__(self):
+        super().__init__()
+        self.head.weight.register_hook(lambda gradient: gradient / 2)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@use("hooks of parameters, in on_train_start")
+class HookedLater(Hooked):
+    __init__ = Plain.__init__
+
+    def on_train_start(self):
+        self.head.weight.register_hook(lambda gradient: gradient / 2)
+
+
+@use("a penalty on parameters in the loss")
+class Decay(Plain):
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch) + 0.01 * sum(p.square().sum() for p in self.parameters())
+
+
+class Loose(Plain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 4))
+        self.rows = nn.ParameterList([nn.Parameter(torch.ones(6)) for _ in range(2)])
+
+    def forward(self, x):
+        return self.head(self.body(x * self.rows[0] + self.rows[1]).tanh() * self.scale.sum(0))
+
+
+@use("parameters of the module itself, ParameterList; evaluated and resumed", limit_val_batches=1)
+class LooseResumed(Loose):
+    undisturbed, val, go = Loose, True, Resumed.go
+
+
+@use("parameters of the module itself and nothing else, manual optimization")
+class LooseManual(Manual):
+    def __init__(self):
+        super().__init__()
+        del self.body, self.head
+        self.weight = nn.Parameter(torch.ones(6, 1))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@use("LSTM, weight_norm, spectral_norm")
+class Layers(Plain):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(6, 6, batch_first=True)
+        nn.utils.parametrizations.weight_norm(self.body[0])
+        nn.utils.parametrizations.spectral_norm(self.body[2])
+
+    def forward(self, x):
+        return super().forward(self.rnn(x[:, None])[0][:, 0])
+
+
+@use("TransformerEncoder with evaluation", limit_val_batches=1)
+class Encoder(Plain):
+    val = True
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True), 1)
+
+    def forward(self, x):
+        return super().forward(self.encoder(x[:, None])[:, 0])
+
+
+@use("an embedding with max_norm")
+class Normed(Sparse):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(16, 6, max_norm=1.0)
+
+
+@use("torch.compile of a part")
+class Compiled(Plain):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+@use("Adafactor")
+class Factored(Plain):
+    def configure_optimizers(self):
+        return torch.optim.Adafactor(self.parameters(), lr=0.01)
+
+
+@use("Rprop")
+class Signs(Plain):
+    def configure_optimizers(self):
+        return torch.optim.Rprop(self.parameters(), lr=0.01)
+
+
+@use("an optimizer of the user's own")
+class OwnOptimizer(Plain):
+    class Lion(torch.optim.Optimizer):
+        def __init__(self, params, lr):
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = torch.enable_grad()(closure)() if closure is not None else None
+            for group in self.param_groups:
+                for p in group["params"]:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                    p.sub_(mean.lerp(p.grad, 0.1).sign(), alpha=group["lr"])
+                    mean.lerp_(p.grad, 0.01)
+            return loss
+
+    def configure_optimizers(self):
+        return self.Lion(self.parameters(), lr=0.01)
+
+
 @use("StochasticWeightAveraging", callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1)])
 class Averaged(Plain): ...
 
@@ -583,7 +854,7 @@ def trained(cls, strategy):
     torch.manual_seed(7 + RANK)
     options = getattr(cls, "options", {}).get(strategy, {})
     module = cls()
-    trainer = made(pl.strategies.DDPStrategy(**options) if options else strategy, cls.settings)
+    trainer = made(KINDS[strategy](**options) if options else strategy, cls.settings)
     trainer.strategy_name = strategy
     module.go(trainer) if hasattr(module, "go") else trainer.fit(module)
     return weights(trainer, module)
@@ -607,7 +878,10 @@ def outcome(cls, strategy, expected):
     try:
         found = trained(cls, strategy)
     except Exception as err:
-        return f"refused: {err}".splitlines()[0]
+        where = traceback.walk_tb(err.__traceback__)
+        package = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in where][-1]
+        told_by_us = package in ("lightrft_lightning", "lightning")  # and not from deep inside
+        return f"{'refused' if told_by_us else type(err).__name__}: {err}".splitlines()[0]
     finally:
         logging.getLogger("lightrft_lightning").removeHandler(told)
     off = {name: float((value.double() - expected[name].double()).abs().max()) for name, value in found.items()}
@@ -628,6 +902,7 @@ def run(strategies, measure):
     """Of every use what came of it, by strategy."""
     results = {}
     for name, cls in USES.items():
+        gc.freeze()  # what is over is not looked through again
         try:
             expected = measured(getattr(cls, "undisturbed", cls), measure)
         except Exception as err:
