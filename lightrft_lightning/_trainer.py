@@ -17,7 +17,7 @@ from lightrft_lightning.strategies.base import StrategyBase
 
 log = logging.getLogger(__name__)
 
-LR_SCHEDULES = ("constant", "linear", "cosine")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_min_lr")
 
 
 def check_strategy(module: pl.LightningModule) -> None:
@@ -87,7 +87,10 @@ def with_lr_schedule(
     name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
     get_scheduler = import_extra("transformers", "hf").get_scheduler
     warmup = round(int(steps) * settings.warmup_ratio)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
+    options = {"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else None
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps), scheduler_specific_kwargs=options
+    )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

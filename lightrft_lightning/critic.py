@@ -30,7 +30,7 @@ class Critic:
         warmup_iterations: iterations at the start in which the critic alone learns.
         lr: learning rate of its AdamW.
         weight_decay: decoupled weight decay.
-        lr_schedule: ``constant``, ``linear`` or ``cosine``, after a warm-up.
+        lr_schedule: after a warm-up ``constant``, ``linear``, ``cosine``, or ``cosine_with_min_lr`` (to a tenth).
         warmup_ratio: share of all its optimizer steps in which the rate rises linearly.
 
     Raises:

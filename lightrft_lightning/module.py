@@ -119,7 +119,7 @@ class RLHFModule(Update):
         advantage_clip: clip advantages to ±this; 0: off.
         lr: learning rate of AdamW.
         weight_decay: decoupled weight decay.
-        lr_schedule: ``constant``, ``linear`` or ``cosine``, after a warm-up.
+        lr_schedule: after a warm-up ``constant``, ``linear``, ``cosine``, or ``cosine_with_min_lr`` (to a tenth).
         warmup_ratio: share of all optimizer steps in which the rate rises linearly.
         epochs_per_rollout: passes over the samples of one rollout.
         steps_per_epoch: optimizer steps of one pass; groups are dealt out evenly.
@@ -748,7 +748,7 @@ class RLHFModule(Update):
         """Build from LightRFT's fields and flags (docs/from_lightrft.md); `settings` are further arguments and win.
 
         With `remote_rm_url` (several are separated by commas) the rewards come from there. As LightRFT does, the loss
-        is the mean over completions of their means over tokens.
+        is the mean over completions of their means over tokens, and rates fall to a tenth along a cosine.
 
         Raises:
             ValueError: a field asks for something that this release does not have, or there are rewards of two kinds.
@@ -782,12 +782,19 @@ class RLHFModule(Update):
             "advantage_clip": config.advantage_clip,
             "lr": config.actor_learning_rate,
             "weight_decay": config.l2,
+            "lr_schedule": "cosine_with_min_lr",
             "warmup_ratio": config.lr_warmup_ratio,
             "seed": config.seed,
         }
         if config.advantage_estimator == "gae":
             learnt = lightrft_flags.critic_settings(flags)
-            values["critic"] = Critic(model=config.critic_pretrain, lr=config.critic_learning_rate, **learnt)
+            shared = {name: values[name] for name in ("lr_schedule", "warmup_ratio", "weight_decay")}
+            values["critic"] = Critic(
+                model=config.critic_pretrain,
+                lr=config.critic_learning_rate,
+                **shared,
+                **learnt,  # type: ignore[arg-type]
+            )
         return cls(model, rewards, **{**values, **settings})
 
     def _evaluation_sampling(self, batch_idx: int, dataloader_idx: int = 0) -> SamplingParams:

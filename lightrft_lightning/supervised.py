@@ -70,7 +70,7 @@ class SupervisedModule(pl.LightningModule):
         tokenizer: default: the one of `model`.
         lr: learning rate of AdamW.
         weight_decay: decoupled weight decay.
-        lr_schedule: ``constant``, ``linear`` or ``cosine``, after a warm-up.
+        lr_schedule: after a warm-up ``constant``, ``linear``, ``cosine``, or ``cosine_with_min_lr`` (to a tenth).
         warmup_ratio: share of all optimizer steps in which the rate rises linearly.
         token_budget: most tokens (padding included) of one forward pass.
         share_prompts: write the texts of one row behind a single copy of their prompt; False for models that take no

@@ -23,14 +23,88 @@ REFUSED = {
     "gradient_checkpointing_use_reentrant": (False, "layers are computed again without it"),
 }
 """Flags that ask for what is not there: their default, and the remedy."""
-ELSEWHERE = {
-    "rollout_batch_size": (512, "PromptDataModule(batch_size={0}); steps_per_epoch says how many steps it makes"),
-    "prompt_max_len": (1024, "PromptDataModule(max_prompt_length={0})"),
-    "num_episodes": (1, "Trainer(max_epochs={0})"),
-    "freeze_prefix": (False, "a model object, requires_grad_(False) of its vision part; nothing is frozen here"),
-    "max_samples": (1_000_000, "PromptDataModule(limit={0})"),
+_LOADER, _LOGGER = "PromptDataModule", "Trainer(logger=WandbLogger(...))"
+_TEXTS = "SupervisedWarmup, which trains on texts before; nothing is mixed into the steps"
+_SAVED, _EXPORT = "ModelCheckpoint", "ExportModel, which writes a Hugging Face folder"
+_SAMPLES = "SampleTable and RewardCurve"
+_REWARD, _IMAGES = "the reward that from_config gets", "nothing here: images are not trained with"
+_NOTHING = "nothing: LightRFT does not read it in these trainers"
+ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    # data
+    "rollout_batch_size": ((512,), f"{_LOADER}(batch_size={{0}}); steps_per_epoch says how many steps it makes"),
+    "prompt_max_len": ((1024,), f"{_LOADER}(max_prompt_length={{0}})"),
+    "prompt_data": ((None,), f"{_LOADER}({{0!r}})"),
+    "prompt_split": (("train",), f"the source that {_LOADER} gets"),
+    "prompt_data_probs": (("1.0",), f"the source that {_LOADER} gets, whose rows count the same"),
+    "input_key": (("prompt",), f"{_LOADER}(prompt_column={{0!r}})"),
+    "input_template": ((None,), f"{_LOADER}(template=...), with columns in braces"),
+    "apply_chat_template": ((True,), f"{_LOADER}(chat_template={{0}}), whose default is to take one that is there"),
+    "system_prompt": ((None,), f"{_LOADER}(system_prompt={{0!r}})"),
+    "system_prompt_path": ((None,), f"{_LOADER}(system_prompt=...), a text"),
+    "label_key": (("label",), "the reward function, which gets every column by its name"),
+    "reference_key": (("reference",), "the reward function, which gets every column by its name"),
+    "max_samples": ((1_000_000,), f"{_LOADER}(limit={{0}})"),
+    "eval_data": ((None,), f"{_LOADER}(val={{0!r}})"),
+    "eval_split": (("test",), f"the source that {_LOADER}(val=...) gets"),
+    "max_eval_samples": ((500,), f"the source that {_LOADER}(val=...) gets"),
+    "eval_steps": ((-1,), "Trainer(val_check_interval=..., check_val_every_n_epoch=None)"),
+    "max_len": ((None,), f"{_LOADER}(max_length={{0}}), of texts to imitate"),
+    "pretrain_split": (("train",), _TEXTS),
+    "pretrain_data_probs": (("1.0",), _TEXTS),
+    "ptx_coef": ((0.05,), _TEXTS),
+    "images_key": (("image", "audio_path"), _IMAGES),
+    "limit_mm_image_per_prompt": ((-1,), _IMAGES),
+    "limit_mm_video_per_prompt": ((-1,), _IMAGES),
+    "fps": ((2.0,), _IMAGES),
+    "max_pixels": ((282_240,), _IMAGES),
+    # models
+    "pretrain": ((None,), "the model that from_config gets"),
+    "reward_pretrain": ((None,), f"{_REWARD}, e.g. rewards=[<folder>]"),
+    "rm_use_engine": ((False,), _REWARD),
+    "rm_engine_cudagraph": ((False,), _REWARD),
+    "freeze_prefix": ((False,), "a model object, requires_grad_(False) of its vision part; nothing is frozen here"),
+    "no_shard_vit": ((False,), _NOTHING),
+    "initial_model_shard_size": ((None,), "zpg= of the strategy, which is for all models"),
+    "meta_init": ((False,), "strategy.init_model_context(meta_init=True), around where a model is built"),
+    "actor_init_on_gpu": ((False,), "nothing: models are read to where the strategy keeps them"),
+    "disable_fast_tokenizer": ((False,), "RLHFModule(tokenizer=AutoTokenizer.from_pretrained(..., use_fast=False))"),
+    "use_ms": ((False,), "a local folder, whatever hub it comes from"),
+    "flash_attn": (
+        (False,),
+        "RLHFModule(attn_implementation='flash_attention_2', share_prompts=False); see its default",
+    ),
+    "disable_logprobs_flashattn": ((False,), "nothing: log-probabilities are computed a chunk of tokens at a time"),
+    "chunk_size": ((4096,), "nothing: log-probabilities are computed a chunk of tokens at a time"),
+    "packing_samples": ((False,), "nothing: groups share their prompt and rows fill RLHFModule(token_budget=...)"),
+    "value_head_prefix": (("score",), "Critic(model=<folder>), whose head has the name that its class gives it"),
+    "text_only": ((False, True), _NOTHING),
+    "normalize_advantages": ((True,), _NOTHING),
+    "use_sequence_rewards": ((True,), _NOTHING),
+    # the run
+    "num_episodes": ((1,), "Trainer(max_epochs={0})"),
+    "engine_mem_util": ((0.5,), "VLLMRollout(gpu_memory_utilization={0}), or SGLang's mem_fraction_static"),
+    "save_path": (("./ckpt",), f"{_SAVED}({{0!r}}) or {_EXPORT}"),
+    "ckpt_path": (("./ckpt/checkpoints_ppo",), f"{_SAVED}({{0!r}})"),
+    "ckpt_path_local": ((None,), f"{_SAVED}({{0!r}})"),
+    "save_steps": ((-1,), f"{_SAVED}(every_n_train_steps={{0}})"),
+    "max_ckpt_num": ((3,), f"{_SAVED}(save_top_k=...)"),
+    "max_ckpt_mem": ((100_000_000,), f"{_SAVED}(save_top_k=...)"),
+    "disable_ds_ckpt": ((False,), _SAVED),
+    "load_checkpoint": ((False,), "trainer.fit(..., ckpt_path=...)"),
+    "save_hf_ckpt": ((False,), _EXPORT),
+    "save_value_network": ((False,), f"{_SAVED}, which has the critic too"),
+    "logging_steps": ((1,), "Trainer(log_every_n_steps={0})"),
+    "log_dir": ((None,), "Trainer(default_root_dir={0!r})"),
+    "use_wandb": ((None, False, ""), _LOGGER),
+    "save_trajectories": ((False,), _SAMPLES),
+    "num_trajectories_to_save": ((10,), _SAMPLES),
+    "mark_high_entropy_tokens": ((False,), _SAMPLES),
+    "trajectory_analysis": ((False,), _SAMPLES),
+    "print_replay_buffer_stats": ((False,), "the metrics that are logged"),
 }
-"""Flags of what is not the module: their default, and where they go."""
+"""Flags of what is not the module: what needs no word, as the parsers fill it in, and where they go."""
+WITH_WANDB = ("wandb_group", "wandb_org", "wandb_project", "wandb_run_name")
+"""Flags that mean something with ``use_wandb`` only."""
 
 
 def module_settings(
@@ -50,9 +124,7 @@ def module_settings(
     for name, (default, remedy) in REFUSED.items():
         if flags.get(name, default) not in (default, None):
             raise ValueError(f"{name}={flags[name]!r}: {remedy}")
-    for name, (default, where) in ELSEWHERE.items():
-        if flags.get(name, default) not in (default, None):
-            log.warning("%s=%r goes to %s", name, flags[name], where.format(flags[name]))
+    _tell_of_others(flags)
     return {
         "aggregation": _aggregation(flags),
         **_loss(flags),
@@ -61,6 +133,14 @@ def module_settings(
         **_adapters(flags),
         **_named(flags),
     }
+
+
+def _tell_of_others(flags: Mapping[str, Any]) -> None:
+    """One message, as a script's parser fills in dozens."""
+    said = {name: flags[name] for name, (silent, _) in ELSEWHERE.items() if flags.get(name) not in (*silent, None)}
+    if said:
+        lines = [f"  {name}={value!r}: {ELSEWHERE[name][1].format(value)}" for name, value in said.items()]
+        log.warning("flags that RLHFModule does not take, and what does:\n%s", "\n".join(lines))
 
 
 def sampling_settings(flags: Mapping[str, Any]) -> dict[str, Any]:

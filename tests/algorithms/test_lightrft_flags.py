@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from lightrft_lightning import FakeStrategy, RLHFModule, StrategyConfig, get_strategy
+from lightrft_lightning import FakeStrategy, FSDPV2Strategy, RLHFModule, StrategyConfig, get_strategy
+from lightrft_lightning._trainer import with_lr_schedule
 from lightrft_lightning.algorithms import lightrft_flags
 from lightrft_lightning.config import UNREAD
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from_lightrft.md").read_text()
+SCRIPTS = json.loads((Path(__file__).parent / "lightrft_scripts.json").read_text())
+"""What the parsers of the five shipped scripts make of their command lines: most, what is other, what is not there."""
 PARSED = {  # what the parsers fill in
     "micro_rollout_batch_size": 8, "rollout_batch_size": 512, "prompt_max_len": 1024, "generate_max_len": 1024,
     "max_epochs": 1, "eps_clip": 0.2, "value_clip": 0.2, "lambd": 0.95, "gamma": 1, "temperature": 1.0, "top_p": 1.0,
@@ -38,23 +46,63 @@ def test_the_parsers_defaults_are_lightrfts_way_and_say_nothing(caplog):
     assert not [r for r in caplog.records if r.name.startswith("lightrft")]
 
 
-def test_flags_arrive():
-    module = made(
-        eps_clip=0.3, gamma=0.9, lambd=0.8, value_clip=0.5, freezing_actor_steps=4, init_kl_coef=0.1, kl_target=2.0,
-        use_gspo=True, loss_agg_mode="token-mean", high_entropy_token_ratio=0.2, use_fire=True, temperature=0.5,
-        generate_max_len=7, lora_rank=8, load_in_4bit=True, gradient_checkpointing=True, max_epochs=2,
-    )  # fmt: skip
-    assert (module.policy_loss, module.aggregation) == ("gspo", "token_mean")
-    assert module.policy_loss_options == {"clip_low": 0.3, "clip_high": 0.3}
-    assert module.advantage_options == {"gamma": 0.9, "lam": 0.8}
-    assert (module.critic_settings.value_clip, module.critic_settings.warmup_iterations) == (0.5, 4)
-    assert (module.kl_coef, module.kl_in, module.kl_target) == (0.1, "reward", 2.0)
-    assert (module.high_entropy_share, module.first_token_temperature) == (0.2, 10.0)
-    assert (module.sampling.temperature, module.sampling.max_new_tokens) == (0.5, 7)
-    assert module.lora == {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "lora_dropout": 0}
-    assert (module.quantization, module.gradient_checkpointing, module.epochs_per_rollout) == ("nf4", True, 2)
-    assert made(use_kl_loss=True, init_kl_coef=0.1).kl_in == "loss"
-    assert made(use_cpg_loss=True).policy_loss == "cpgd"
+ARRIVE = {  # flag: its value, where it is seen, what is seen there, and flags beside it
+    # of LightRFT's parsers only
+    "eps_clip": (0.3, "policy_loss_options", {"clip_low": 0.3, "clip_high": 0.3}),
+    "gamma": (0.9, "advantage_options.gamma", 0.9),
+    "lambd": (0.8, "advantage_options.lam", 0.8),
+    "value_clip": (0.5, "critic_settings.value_clip", 0.5),
+    "freezing_actor_steps": (4, "critic_settings.warmup_iterations", 4),
+    "init_kl_coef": (0.1, "kl_coef", 0.1),
+    "kl_target": (2.0, "kl_target", 2.0, {"init_kl_coef": 0.1}),
+    "use_gspo": (True, "policy_loss", "gspo"),
+    "use_cpg_loss": (True, "policy_loss", "cpgd"),
+    "loss_agg_mode": ("token-mean", "aggregation", "token_mean"),
+    "high_entropy_token_ratio": (0.2, "high_entropy_share", 0.2),
+    "use_fire": (True, "first_token_temperature", 10.0),
+    "first_token_temperature": (30.0, "first_token_temperature", 30.0, {"use_fire": True}),
+    "temperature": (0.5, "sampling.temperature", 0.5),
+    "top_p": (1.0, "sampling.top_p", 1.0),  # others are refused
+    "generate_max_len": (7, "sampling.max_new_tokens", 7),
+    "lora_rank": (8, "lora.r", 8),
+    "lora_alpha": (32, "lora.lora_alpha", 32, {"lora_rank": 8}),
+    "target_modules": (["q_proj"], "lora.target_modules", ["q_proj"], {"lora_rank": 8}),
+    "lora_dropout": (0.1, "lora.lora_dropout", 0.1, {"lora_rank": 8}),
+    "load_in_4bit": (True, "quantization", "nf4", {"lora_rank": 8}),
+    "gradient_checkpointing": (True, "gradient_checkpointing", True),
+    "max_epochs": (2, "epochs_per_rollout", 2),
+    # fields of StrategyConfig
+    "advantage_estimator": ("rloo", "advantage_estimator", "rloo"),
+    "kl_estimator": ("k2", "kl_estimator", "k2"),
+    "use_kl_loss": (True, "kl_in", "loss", {"init_kl_coef": 0.1}),
+    "n_samples_per_prompt": (3, "sampling.n", 3),
+    "dynamic_sampling": (True, "dynamic_sampling", True, {"advantage_estimator": "group_norm"}),
+    "overlong_buffer": (True, "overlong_buffer", 5, {"overlong_buffer_len": 5}),
+    "overlong_buffer_len": (6, "overlong_buffer", 6, {"overlong_buffer": True}),
+    "overlong_buffer_penalty_factor": (0.5, "overlong_factor", 0.5),
+    "reward_running_norm": (True, "reward_norm", "scale"),
+    "reward_running_norm_minus_mean": (True, "reward_norm", "full", {"reward_running_norm": True}),
+    "reward_clip": (2.0, "reward_clip", 2.0),
+    "advantages_norm": (True, "advantage_norm", True),
+    "advantage_clip": (3.0, "advantage_clip", 3.0),
+    "actor_learning_rate": (2e-4, "lr", 2e-4),
+    "critic_learning_rate": (3e-4, "critic_settings.lr", 3e-4),
+    "critic_pretrain": ("folder", "critic_settings.model", "folder"),
+    "l2": (0.1, "weight_decay", 0.1),
+    "lr_warmup_ratio": (0.2, "warmup_ratio", 0.2),
+    "seed": (11, "seed", 11),
+}
+
+
+@pytest.mark.parametrize("name", ARRIVE)
+def test_a_flag_arrives(name):
+    value, where, seen, *beside = ARRIVE[name]
+    flags = {"advantage_estimator": "gae", **dict(*beside), name: value}
+    found = made(flags.pop("advantage_estimator"), **flags)
+    for part in where.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == seen
+    assert f"`{name}`" in PAGE
 
 
 @pytest.mark.parametrize(
@@ -67,6 +115,7 @@ def test_flags_arrive():
         ({"kl_target": 2.0}, "needs init_kl_coef"),
         ({"use_gspo": True, "use_cpg_loss": True}, "set one of them"),
         ({"enable_ema": True}, "strategy.moving_average"),
+        ({"top_p": 0.9}, "the engine would sample from another distribution"),
     ],
 )
 def test_what_is_not_there_is_refused(flags, message):
@@ -76,7 +125,7 @@ def test_what_is_not_there_is_refused(flags, message):
 
 def test_what_goes_elsewhere_is_told(caplog):
     made("group_norm", rollout_batch_size=3, init_kl_coef=0.1)
-    assert "rollout_batch_size=3 goes to PromptDataModule(batch_size=3)" in caplog.text
+    assert "rollout_batch_size=3: PromptDataModule(batch_size=3)" in caplog.text
     assert "so the penalty is in the loss" in caplog.text
 
 
@@ -90,5 +139,46 @@ def test_a_field_that_nothing_reads_is_an_error_and_in_a_scripts_arguments_a_lin
 
 
 def test_the_page_names_every_flag():
-    named = {*lightrft_flags.REFUSED, *lightrft_flags.ELSEWHERE, *UNREAD, *(PARSED.keys() - {"max_len"})}
+    named = {*lightrft_flags.REFUSED, *lightrft_flags.ELSEWHERE, *UNREAD, *PARSED.keys()}
     assert named <= set(re.findall(r"`(\w+)`", PAGE))
+
+
+def test_every_flag_of_the_shipped_scripts_has_a_meaning_or_a_line():
+    fields = {field.name for field in dataclasses.fields(StrategyConfig)}
+    tables = {*lightrft_flags.REFUSED, *lightrft_flags.ELSEWHERE, *lightrft_flags.WITH_WANDB}
+    assert SCRIPTS["most"].keys() - fields - tables <= ARRIVE.keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS["scripts"])
+def test_the_shipped_scripts_build_a_strategy_and_a_module(name, caplog):
+    """With all that their parsers make of their command lines."""
+    kept = SCRIPTS["most"].keys() - SCRIPTS["without"][name]
+    flags = {key: SCRIPTS["scripts"][name].get(key, SCRIPTS["most"][key]) for key in kept}
+    strategy = get_strategy(argparse.Namespace(**flags))
+    caplog.clear()
+    module = RLHFModule.from_config(strategy.config, "anything", "exact_match", tokenizer=object())
+    assert type(strategy) is FSDPV2Strategy and module.sampling.n == flags["n_samples_per_prompt"]
+    assert (module.kl_coef, module.lr, module.lr_schedule) == (
+        flags["init_kl_coef"], flags["actor_learning_rate"], "cosine_with_min_lr",
+    )  # fmt: skip
+    assert f"prompt_data='{flags['prompt_data']}': PromptDataModule(" in caplog.text
+    for key, (silent, _) in lightrft_flags.ELSEWHERE.items():
+        assert (f"  {key}=" in caplog.text) == (flags.get(key) not in (*silent, None)), key
+
+
+def test_rates_fall_to_a_tenth_along_a_cosine():
+    module = made("gae", l2=0.1)
+    for settings in (module, module.critic_settings):
+        assert (settings.lr_schedule, settings.warmup_ratio) == ("cosine_with_min_lr", 0.03)
+        assert settings.weight_decay == 0.1
+    weight = torch.nn.Linear(1, 1)
+    loop = SimpleNamespace(strategy=FakeStrategy(), trainer=SimpleNamespace(max_steps=100))
+    found = with_lr_schedule(loop, weight, module)
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(101):
+        rates.append(optimizer.param_groups[0]["lr"] / module.lr)
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0 and rates[3] == 1 and rates[-1] == pytest.approx(0.1)
+    assert rates[51] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * 48 / 97))
