@@ -355,6 +355,8 @@ class ZeroModel:
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         self.engine.destroy()
+        # Once: it does so again as garbage, and would take from the parameters what an engine after it has put there.
+        self.engine.destroy = lambda: None
         if self.optimizer is not None:
             vars(self.optimizer).pop("zero_grad", None)
         for module in self.model.modules():
