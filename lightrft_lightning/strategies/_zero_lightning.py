@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,14 @@ def frozen_parts(module: nn.Module, engines: Sequence[nn.Module]) -> Iterator[nn
             yield from frozen_parts(child, engines)
         elif any(True for _ in child.parameters()):
             yield child
+
+
+def let_summaries_count(module: nn.Module) -> None:
+    """Give parameters that stay whole what Lightning's summary asks each of when some are in parts (stage 3)."""
+    for parameter in module.parameters():
+        if not hasattr(parameter, "ds_numel"):
+            parameter.ds_numel = parameter.numel()  # type: ignore[attr-defined]
+            parameter.partition_numel = functools.partial(int, parameter.numel())  # type: ignore[attr-defined]
 
 
 class ZeroPrecision(Precision):

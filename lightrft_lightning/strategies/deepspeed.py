@@ -37,11 +37,13 @@ from lightrft_lightning.strategies._zero_config import (
     zero_config,
 )
 from lightrft_lightning.strategies._zero_init import Streamed, cpu_adam, has_meta, stream_in
-from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, owners
+from lightrft_lightning.strategies._zero_lightning import ZeroPrecision, frozen_parts, let_summaries_count, owners
 from lightrft_lightning.strategies._zero_state import ZeroCheckpoints
 from lightrft_lightning.strategies.base import _Trained, check_one_scale, pairs_in
+from lightrft_lightning.strategies.graphs import draw_graphs
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.limits import (
+    NOT_WITH_DEEPSPEED,
     check_callbacks,
     check_compiled,
     check_embeddings,
@@ -160,7 +162,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         if self.config.zero_stage == 3:
             self._refuse_whole_copies()
         assert self.lightning_module is not None
-        check_callbacks(self.lightning_module, (ModelPruning,), self.strategy_name)
+        check_callbacks(self.lightning_module, (ModelPruning,), self.strategy_name, NOT_WITH_DEEPSPEED)
         self._join_trainers_process_group()
 
     @override
@@ -173,6 +175,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         check_embeddings(module, self.strategy_name)
         check_compiled(module, self.compile_problem())
         self._check_gradient_hooks(module)
+        draw_graphs(trainer, module, sharded=bool(self._zero))
         if self.world_size > 1:
             take_those_of_rank_0([module], self.gather_objects, self.root_device)
         for part in frozen_parts(module, ()) if has_meta(module) else ():
@@ -181,9 +184,11 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
             self.setup_optimizers(trainer)
             self._start_engines(module)
         elif self.config.zero_stage == 3:
-            for part in frozen_parts(module, ()):
+            for part in frozen_parts(module, list(self._zero)):  # of a fit before
                 self._wrap(part, self._models.setdefault(part, _Trained()))
         module.to(self.root_device)
+        if self.config.zero_stage == 3:
+            let_summaries_count(module)
         self.setup_precision_plugin()
         for wrapper in self._lightning_optimizers:
             wrapper.zero_grad = wrapper.optimizer.zero_grad  # type: ignore[attr-defined]

@@ -36,6 +36,7 @@ from lightrft_lightning.config import StrategyConfig
 from lightrft_lightning.models.streaming import fill_from_folder, parameters_on_meta
 from lightrft_lightning.strategies.base import _Trained, pairs_in
 from lightrft_lightning.strategies.distributed import DistributedStrategy
+from lightrft_lightning.strategies.graphs import draw_graphs
 from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.limits import (
     check_callbacks,
@@ -184,6 +185,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         assert module is not None
         check_embeddings(module, self.strategy_name)
         check_hooks_of_parameters(module, self.strategy_name)
+        draw_graphs(trainer, module, sharded=any(isinstance(m, FSDPModule) for m in module.modules()))
         for family in families(part for _, part in trainable_parts(module)):
             self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))
         self._shard_own_parameters(module)

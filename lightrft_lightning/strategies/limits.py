@@ -6,14 +6,19 @@ import contextlib
 import dis
 import inspect
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,13 +27,28 @@ GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_ze
 """Of a module or a callback, in which gradients are whole and in place in other back ends."""
 
 
-def check_callbacks(module: pl.LightningModule, refused: tuple[type[pl.Callback], ...], strategy: str) -> None:
+NOT_WITH_DEEPSPEED: Mapping[type[pl.Callback], str] = {
+    BaseFinetuning: "gives the optimizer parameters in the middle of a run, of which DeepSpeed takes none: freeze them "
+    "in __init__ for all of it, or take FSDP2 or lightrft_fake",
+    GradientAccumulationScheduler: "changes accumulate_grad_batches between epochs, which Lightning allows under no "
+    "strategy of DeepSpeed's: set Trainer(accumulate_grad_batches=...), or take FSDP2 or lightrft_fake",
+}
+"""Callbacks that Lightning refuses when they have begun, and why."""
+
+
+def check_callbacks(
+    module: pl.LightningModule,
+    refused: tuple[type[pl.Callback], ...],
+    strategy: str,
+    reasons: Mapping[type[pl.Callback], str] = types.MappingProxyType({}),
+) -> None:
     """Refuse callbacks that find no weights when they look, or not whole ones.
 
     Args:
         module: attached to its trainer, before `configure_model`.
         refused: kinds that need whole weights.
         strategy: its name.
+        reasons: further kinds, and what is to be said of them.
     """
     for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -36,6 +56,9 @@ def check_callbacks(module: pl.LightningModule, refused: tuple[type[pl.Callback]
             raise MisconfigurationException(
                 f"{name} takes whole weights, which {strategy} has in parts: leave it out, or take lightrft_fake"
             )
+        for kind, reason in reasons.items():
+            if isinstance(callback, kind):
+                raise MisconfigurationException(f"{name} {reason}")
         early = isinstance(callback, StochasticWeightAveraging | ModelPruning)
         if early and not any(True for _ in module.parameters()):
             raise MisconfigurationException(
