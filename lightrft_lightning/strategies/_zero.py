@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.strategies.elementwise import check_elementwise
+from lightrft_lightning.strategies.rounding import refuse_rounded
 from lightrft_lightning.strategies.written import Written
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,11 @@ class ZeroModel:
         self._with_gradients: set[nn.Parameter] = set()
         self._told: set[str] = set()
         self.low_precision = is_low(config)
+        self.exact: dict[str, Piece] | None = {}
+        """Of a model without an optimizer the fp32 parts, in CPU memory until its first pass; None: there were some."""
+        if optimizer is None and self.low_precision:
+            self.exact = exact or _exact_parts(model)
+            self._at_first_pass = model.register_forward_pre_hook(self._forget_exact)
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
         forget_other_groups(deepspeed, config)
@@ -142,6 +148,10 @@ class ZeroModel:
                 parameter.register_post_accumulate_grad_hook(self._with_gradients.add)
             optimizer.zero_grad = self.discard_gradients  # type: ignore[method-assign]
         _ENGINES[model] = self
+
+    def _forget_exact(self, *_: Any) -> None:
+        self._at_first_pass.remove()
+        self.exact = None if self.exact else {}
 
     # ---------------------------------------------------------------- one step
 
@@ -475,6 +485,17 @@ def _exact_values(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Piec
     }
 
 
+def _exact_parts(model: nn.Module) -> dict[str, Piece]:
+    """Of fp32 weights that DeepSpeed is about to round and to share out, those that this rank will have."""
+    found, ranks = {}, dist.get_world_size()
+    for name, p in model.named_parameters():
+        if p.dtype == torch.float32 and not hasattr(p, "ds_id"):
+            size = -(-p.numel() // ranks)
+            values = p.detach().view(-1)[dist.get_rank() * size :][:size]
+            found[name] = Piece(dist.get_rank() * size, values.to("cpu", copy=True))
+    return found
+
+
 def _make_free(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, Piece], dict[Tensor, set[str]]]:
     """Close the engines that have `model` or parts of it.
 
@@ -486,7 +507,9 @@ def _make_free(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, P
         if engine.model in inside or any(m is model for m in engine.model.modules()):
             sharded = engine.stage == config["zero_optimization"]["stage"] == 3
             if engine.model is model and sharded and engine.low_precision == is_low(config):
-                return engine.close(), engine._attributes
+                if engine.exact is None:
+                    refuse_rounded(model)
+                return engine.close() or engine.exact or {}, engine._attributes
             engine.release()
     return {}, {}
 

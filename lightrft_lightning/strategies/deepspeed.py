@@ -51,6 +51,7 @@ from lightrft_lightning.strategies.limits import (
     gradient_hook,
     no_second_derivatives,
 )
+from lightrft_lightning.strategies.rounding import Rounding
 from lightrft_lightning.strategies.sharding import take_those_of_rank_0
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         self._timeout = timeout or DEFAULT_TIMEOUT
         self._zero, self._averages = WeakKeyDictionary(), WeakIdKeyDictionary()
         self._streamed: WeakKeyDictionary[nn.Module, Streamed] = WeakKeyDictionary()
+        self._rounding: WeakKeyDictionary[nn.Module, Rounding] = WeakKeyDictionary()
         self._names: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()
         self._max_norms: WeakKeyDictionary[Optimizer, float] = WeakKeyDictionary()
 
@@ -307,11 +309,11 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         dtype = self._weights_dtype
         if known.optimizer is None and self.config.zero_stage < 3:
             model.to(self.root_device)
-            for parameter in model.parameters():
-                # Not upwards: this may be a part of a model, the rest of which computes in 16 bits (under adapters).
-                if parameter.is_floating_point() and dtype != torch.float32:
-                    parameter.data = parameter.data.to(dtype)
+            if dtype != torch.float32:
+                self._rounding[model] = Rounding(model, dtype, at_once=self.lightning_module is not None)
         else:
+            if (rounding := self._rounding.pop(model, None)) is not None:
+                rounding.check_exact()
             config = self._json(model)
             before = self._stream_in(model, config)
             self._zero[model] = zero = ZeroModel(self._deepspeed, model, known.optimizer, config, before)

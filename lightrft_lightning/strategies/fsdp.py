@@ -53,6 +53,7 @@ from lightrft_lightning.strategies.sharding import (
     check_holds_sharded,
     families,
     free_if_evaluated,
+    meet_thawed,
     reshard,
     roots,
     shard_family,
@@ -204,6 +205,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
         check_hooks_of_parameters(self.lightning_module, self.strategy_name)
+        meet_thawed(self.lightning_module)
         with explained(self.strategy_name), no_second_derivatives(self.strategy_name):
             return super().training_step(*args, **kwargs)
 
@@ -241,6 +243,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self._shard([model], trained=optimizer is not None)
         if optimizer is not None:
             check_holds_sharded(optimizer)
+            meet_thawed(model)
         return model
 
     def _shard(self, family: Sequence[nn.Module], trained: bool) -> None:

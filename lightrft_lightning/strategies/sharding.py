@@ -230,6 +230,15 @@ def free_if_evaluated(model: nn.Module, args: Any, output: Any) -> None:
         reshard(model)
 
 
+def meet_thawed(model: nn.Module) -> None:
+    """Let FSDP2 know the dtypes of gradients of what was frozen at the first pass, when it has looked for them."""
+    for unit in units(model):
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            trained = any(p.sharded_param.requires_grad for p in group.fsdp_params)
+            if trained and getattr(group, "_orig_dtype", trained) is None:
+                group._init_mp_dtypes()
+
+
 def units(model: nn.Module) -> Iterator[FSDPModule]:
     """The modules that are gathered and freed by themselves."""
     return (m for m in model.modules() if isinstance(m, FSDPModule))

@@ -187,18 +187,23 @@ def check_a_parameter_without_gradient_does_not_get_an_older_one():
         )
 
 
+def are_exact(s, model, plain):
+    """Though the model's own weights are rounded."""
+    for name, piece in s._zero[model].masters():
+        full = dict(plain.named_parameters())[name].detach().flatten()
+        assert torch.equal(piece.values, full[piece.offset : piece.offset + piece.values.numel()]), name
+
+
 def check_low_precision_computes_low_and_keeps_full_weights():
     for stage in STAGES:
         for low, dtype in (({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16)):
             s, one = strategy(stage, **low), FakeStrategy()
             (model, optimizer), (plain, single) = trained(s), trained(one)
             frozen = s.prepare(llama(1))
+            frozen(input_ids=IDS)  # until then it could be trained yet, from exact weights
             assert {p.dtype for m in (model, frozen) for p in m.parameters()} == {dtype}
             assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-            for name, piece in s._zero[model].masters():
-                full = dict(plain.named_parameters())[name].detach().flatten()
-                # Exact, though the model's own weights are rounded.
-                assert torch.equal(piece.values, full[piece.offset : piece.offset + piece.values.numel()])
+            are_exact(s, model, plain)
             for strat, m, o in ((s, model, optimizer), (one, plain, single)):
                 strat.norms = []
                 for k in range(4):
@@ -316,8 +321,16 @@ def check_a_trunk_of_two_models_is_refused():
 
 
 def check_an_optimizer_made_after_prepare():
-    for stage in (1, 2, 3):
+    for stage in STAGES:
         makes_its_optimizer_after_prepare(strategy(stage))
+        s = strategy(stage, bf16=True)
+        model = s.prepare(llama())
+        s.create_optimizer(model)
+        are_exact(s, model, llama())
+        frozen = s.prepare(llama(1))
+        frozen(input_ids=IDS)
+        with pytest.raises(ValueError, match="were rounded to 16 bits at its first forward pass"):
+            s.create_optimizer(frozen)
 
 
 def check_export():

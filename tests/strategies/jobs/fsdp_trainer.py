@@ -74,6 +74,12 @@ class ShardsByItself(Plain):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
+class Loose(Plain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
 def data(batch_size=4):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 6, generator=generator)

@@ -302,6 +302,11 @@ class Thawed(Frozen):
         self.body.requires_grad_(True)
 
 
+@use("a part that thaws, in bf16-mixed", callbacks=lambda: [Thaw()], precision="bf16-mixed")
+class ThawedLow(Thawed):
+    tolerance = 0.02
+
+
 @use("optimizer_step with a warm-up")
 class WarmedUp(Plain):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
