@@ -41,7 +41,7 @@ from lightrft_lightning.strategies.checkpoint import Checkpoints
 from lightrft_lightning.strategies.ending import end_within
 from lightrft_lightning.strategies.inference import InferenceEngines
 from lightrft_lightning.strategies.lightrft_calls import LightRFTCalls
-from lightrft_lightning.strategies.limits import check_callbacks
+from lightrft_lightning.strategies.limits import check_callbacks, check_made_late, check_watched
 from lightrft_lightning.strategies.preemption import end_when_preempted
 from lightrft_lightning.strategies.streams import keep_printing
 
@@ -251,6 +251,19 @@ class StrategyBase(InferenceEngines, Checkpoints, LightRFTCalls, Strategy):
         self._check_batch_sizes()  # a loop may have left out setup_distributed
         c = self.config
         return c.train_batch_size // (c.micro_train_batch_size * self.world_size) if self._has_batch_sizes else 1
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        assert self.lightning_module is not None
+        check_watched(self.lightning_module, self.strategy_name)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        check_watched(self.lightning_module, self.strategy_name)
+        check_made_late(self.lightning_module)
 
     # ---------------------------------------------------------------- models and optimizers
 

@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary, WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -59,11 +60,49 @@ def check_callbacks(
         for kind, reason in reasons.items():
             if isinstance(callback, kind):
                 raise MisconfigurationException(f"{name} {reason}")
-        early = isinstance(callback, StochasticWeightAveraging | ModelPruning)
-        if early and not any(True for _ in module.parameters()):
+        if isinstance(callback, StochasticWeightAveraging | ModelPruning | BaseFinetuning):
+            if not any(True for _ in module.parameters()):
+                raise MisconfigurationException(_looks_early(name, module, "them"))
+            _EARLY[module] = (name, WeakSet(module.modules()))
+
+
+_EARLY: WeakKeyDictionary[nn.Module, tuple[str, WeakSet[nn.Module]]] = WeakKeyDictionary()
+"""Of modules with a callback that looks early, its name and the submodules that it can have seen."""
+
+
+def check_made_late(module: pl.LightningModule) -> None:
+    """Refuse what was to be seen before `configure_model` had made it: by a callback, or by ``wandb.watch``."""
+    callback, seen = _EARLY.pop(module, ("", WeakSet(module.modules())))
+    for name, part in module.named_modules():
+        if part not in seen and any(True for _ in part.parameters(recurse=False)):
+            raise MisconfigurationException(_looks_early(callback, module, name))
+    for part in module.modules():
+        watched: list[str] = part.__dict__.get("_wandb_hook_names", [])
+        for name, parameter in part.named_parameters() if "_wandb_hook_names" in part.__dict__ else ():
+            gradients = not watched or any(hook.startswith("gradients/") for hook in watched)
+            if gradients and parameter.requires_grad and not any(hook.endswith(name) for hook in watched):
+                raise MisconfigurationException(
+                    f"WandbLogger.watch was called before configure_model had made {name}, whose gradients it would "
+                    "never see: call it in on_fit_start"
+                )
+
+
+def _looks_early(name: str, module: nn.Module, what: str) -> str:
+    return (
+        f"{name} looks for weights before {type(module).__name__} has made {what} in configure_model, and would "
+        "not find them: make them in __init__, or leave it out (EMAWeightAveraging looks later)"
+    )
+
+
+def check_watched(module: nn.Module, strategy: str) -> None:
+    """Refuse ``wandb.watch(log="parameters")``, by which rank 0 looks at weights alone, of those that are in parts."""
+    if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters()):
+        return
+    for part in module.modules():
+        if any(hook.startswith("parameters/") for hook in part.__dict__.get("_wandb_hook_names", ())):
             raise MisconfigurationException(
-                f"{name} looks for weights before {type(module).__name__} has made them in configure_model, and would "
-                "find none: leave it out (EMAWeightAveraging looks later)"
+                f'WandbLogger.watch(log="parameters") looks at whole weights, which {strategy} has in parts: leave it '
+                "out, or take DeepSpeed's stage 1 or 2 or lightrft_fake"
             )
 
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -246,13 +246,38 @@ def test_settings_of_sharded_back_ends_change_nothing():
         assert strategy.optimizer_step(optimizer, model, None) > 0
 
 
-@pytest.mark.parametrize("callback", [StochasticWeightAveraging(0.1), ModelPruning("l1_unstructured", amount=0.5)])
-def test_callbacks_that_look_for_weights_before_there_are_any_are_refused(callback):
-    class Late(Automatic):
-        def __init__(self):
-            super().__init__()
+class Late(Automatic):
+    """Makes one more part in `configure_model`, or all of them."""
+
+    def __init__(self, nothing=False):
+        super().__init__()
+        self.more = None
+        if nothing:
             del self.net
 
-    trainer = pl.Trainer(strategy="lightrft_fake", accelerator="cpu", callbacks=[callback], logger=False)
+    def configure_model(self):
+        self.net, self.more = nn.Linear(4, 1), nn.Linear(1, 1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+@pytest.mark.parametrize("kind", [StochasticWeightAveraging, ModelPruning, BackboneFinetuning])
+def test_callbacks_that_look_for_weights_before_they_are_made_are_refused(kind, nothing):
+    callback = {StochasticWeightAveraging: (0.1,), ModelPruning: ("l1_unstructured",)}.get(kind, ())
+    trainer = pl.Trainer(
+        strategy="lightrft_fake", accelerator="cpu", callbacks=[kind(*callback)], logger=False, max_epochs=1
+    )
+    module = Late(nothing)
+    module.backbone = nn.Identity()
     with pytest.raises(MisconfigurationException, match="looks for weights before Late has made"):
-        trainer.fit(Late(), [])
+        trainer.fit(module)
+    assert trainer.global_step == 0
+
+
+def test_wandb_that_watches_before_there_is_something_to_see_is_refused():
+    module, trainer = Late(nothing=True), pl.Trainer(strategy="lightrft_fake", accelerator="cpu", max_epochs=1)
+    module._wandb_hook_names = []  # what `wandb.watch` leaves on a module without parameters
+    with pytest.raises(MisconfigurationException, match=r"before configure_model had made net\.weight"):
+        trainer.fit(module)
