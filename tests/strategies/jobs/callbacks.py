@@ -20,7 +20,6 @@ import re
 import sys
 import traceback
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -807,33 +806,6 @@ class Flow(Csv):
         history = {k: client.get_metric_history(run, k) for k in ("loss", "val")}
         values = {k: [[m.step, m.value] for m in found] for k, found in history.items()}
         return {**values, "run": [client.get_run(run).info.status, client.get_run(run).data.params]}
-
-
-@tried("CometLogger", "comet_ml")
-class Comet(Csv):
-    def given(self, folder):
-        self.comet = loggers.CometLogger(project="x", online=False, offline_directory=str(folder))
-        return {"logger": self.comet, "log_every_n_steps": 1}
-
-    def seen(self, trainer):
-        if RANK:
-            return {}
-        trainer.logger.experiment.end()
-        (file,) = Path(self.folder).glob("*.zip")
-        with zipfile.ZipFile(file) as archive:
-            lines = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
-        metrics = [line["payload"]["metric"] for line in lines if line["type"] == "metric_msg"]
-        return {
-            "values": [
-                [m["metricName"], m["metricValue"], m["step"]] for m in metrics if m["metricName"] in ("loss", "val")
-            ]
-        }
-
-
-@tried("LitLogger", "litlogger")
-class Lit(Csv):
-    def given(self, folder):
-        return {"logger": loggers.LitLogger(folder, "x"), "log_every_n_steps": 1}
 
 
 # -------------------------------------------------------------------- how they are run
