@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
+from unittest import mock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -132,7 +133,7 @@ class ZeroModel:
         if optimizer is not None and not exact:
             exact = _exact_values(model, config)
         forget_other_groups(deepspeed, config)
-        with _any_float16(deepspeed), _quiet(deepspeed):
+        with _any_float16(deepspeed), _quiet(deepspeed), _same_everywhere(deepspeed):
             self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self.zero: Any = self.engine.optimizer
         """DeepSpeed's optimizer; of a model without one, what gathers and frees its parameters."""
@@ -535,6 +536,11 @@ def _any_float16(deepspeed: Any) -> Iterator[None]:
         yield
     finally:
         del accelerator.is_fp16_supported
+
+
+def _same_everywhere(deepspeed: Any) -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed sends what rank 0 has, which `take_those_of_rank_0` has done, and fails at scalars."""
+    return mock.patch.object(deepspeed.runtime.engine.DeepSpeedEngine, "_broadcast_model", lambda engine: None)
 
 
 @contextlib.contextmanager

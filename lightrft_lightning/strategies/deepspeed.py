@@ -46,7 +46,9 @@ from lightrft_lightning.strategies.limits import (
     NOT_WITH_DEEPSPEED,
     check_callbacks,
     check_compiled,
+    check_dtypes,
     check_embeddings,
+    check_scalars,
     explained,
     gradient_hook,
     no_second_derivatives,
@@ -176,6 +178,9 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         self.training_engines = trainer.state.fn == TrainerFn.FITTING
         check_embeddings(module, self.strategy_name)
         check_compiled(module, self.compile_problem())
+        check_dtypes(module)
+        if self.config.zero_stage == 3:
+            check_scalars(module, "ZeRO-3")
         self._check_gradient_hooks(module)
         draw_graphs(trainer, module, sharded=bool(self._zero))
         if self.world_size > 1:

@@ -41,9 +41,12 @@ from lightrft_lightning.strategies.launch import DEFAULT_TIMEOUT
 from lightrft_lightning.strategies.limits import (
     check_callbacks,
     check_embeddings,
+    check_grad_norm,
     check_hooks_of_parameters,
+    check_scalars,
     explained,
     no_second_derivatives,
+    refuse_local_numbers,
     step_explained,
 )
 from lightrft_lightning.strategies.sharding import (
@@ -147,6 +150,7 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         return precision
 
     def _make_mesh(self) -> None:
+        refuse_local_numbers()
         world, group = self.world_size, self.config.zpg
         if world % group:
             raise ValueError(
@@ -186,6 +190,8 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         assert module is not None
         check_embeddings(module, self.strategy_name)
         check_hooks_of_parameters(module, self.strategy_name)
+        check_scalars(module, self.strategy_name)
+        check_grad_norm(module, trainer.callbacks, self.strategy_name)  # type: ignore[attr-defined]
         draw_graphs(trainer, module, sharded=any(isinstance(m, FSDPModule) for m in module.modules()))
         for family in families(part for _, part in trainable_parts(module)):
             self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.utilities import grad_norm as lightning_grad_norm
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -133,6 +135,26 @@ def check_hooks_of_parameters(module: nn.Module, strategy: str) -> None:
             )
 
 
+def check_scalars(module: nn.Module, strategy: str) -> None:
+    """Refuse parameters without a dimension to cut."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise MisconfigurationException(
+                f"{name} is a scalar, which {strategy} cannot cut into parts: make it a torch.ones(1), "
+                "or take DeepSpeed's stage 1 or 2, or lightrft_fake"
+            )
+
+
+def check_dtypes(module: nn.Module) -> None:
+    """Refuse parameters that DeepSpeed would cast, as it computes a whole model in one dtype."""
+    for name, parameter in module.named_parameters():
+        if parameter.dtype == torch.float64 or parameter.is_complex():
+            raise MisconfigurationException(
+                f"{name} is in {str(parameter.dtype).removeprefix('torch.')}, and DeepSpeed casts a whole model to one "
+                "dtype: make it float32, or take lightrft_fsdp or lightrft_fake"
+            )
+
+
 def check_compiled(module: nn.Module, problem: str | None) -> None:
     """Refuse submodules that `torch.compile` has wrapped where the back end has a problem with it."""
     for name, part in module.named_modules() if problem is not None else ():
@@ -200,6 +222,36 @@ def _last_user(traceback: types.TracebackType | None) -> str:
     return found
 
 
+def check_grad_norm(module: pl.LightningModule, callbacks: Iterable[Any], strategy: str) -> None:
+    """Refuse hooks that call Lightning's `grad_norm`, which cannot read gradients in parts."""
+    for owner in (module, *callbacks):
+        for name in GRADIENT_HOOKS:
+            if "lightning.grad_norm" in _names(getattr(type(owner), name, None), (type(owner), type(module)), set()):
+                raise MisconfigurationException(
+                    f"{type(owner).__name__}.{name} calls lightning's grad_norm, which does not take gradients in "
+                    f"parts as {strategy} has them: torch.nn.utils.get_total_norm([p.grad ...]).full_tensor() does"
+                )
+
+
+def refuse_local_numbers() -> None:
+    """Let `.item()` and `float()` of a sum over parts be an error: torch gives each rank the number of its own part."""
+    item = torch.ops.aten._local_scalar_dense.default
+    handlers = getattr(DTensor._op_dispatcher, "_custom_op_handlers", None)  # of this process
+    if handlers is None or item in handlers:
+        return
+
+    def number(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        tensor = args[0]
+        if tensor.device_mesh.size() > 1 and any(placement.is_partial() for placement in tensor.placements):
+            raise MisconfigurationException(
+                "a sum or norm over weights or gradients in parts was made a number, which would be that of this "
+                "rank's part: call .full_tensor() before, on every rank"
+            )
+        return call(tensor.to_local())
+
+    handlers[item] = number
+
+
 def gradient_hook(module: pl.LightningModule, callbacks: Iterable[Any]) -> str | None:
     """The first method of a module or a callback that looks at gradients of parameters, as far as names in code tell.
 
@@ -237,16 +289,21 @@ def _names(function: Any, owners: tuple[type, ...], seen: set[Any]) -> Iterator[
         codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
         before: Any = None  # a module of the user's, or the name
         for step in dis.get_instructions(code):
-            if not step.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")):
+            if step.opname == "IMPORT_NAME":
+                before = sys.modules.get(step.argval)
+            if not step.opname.startswith(("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_FROM")):
                 continue
             name, is_global = step.argval, step.opname == "LOAD_GLOBAL"
             holders = (before,) if isinstance(before, types.ModuleType) else owners
             known = function.__globals__ if is_global else {}
             found = known.get(name) or next((v for o in holders if (v := getattr(o, name, None)) is not None), None)
-            if name != "grad" or not (is_global or before == "autograd"):
+            if found is lightning_grad_norm:
+                yield "lightning.grad_norm"
+            if name != "grad" or not (is_global or before == "autograd" or step.opname == "IMPORT_FROM"):
                 yield name
             yield from _names(found, owners, seen)
-            before = found if isinstance(found, types.ModuleType) and not _foreign(found.__name__) else name
+            if step.opname != "IMPORT_FROM":  # several may follow one another
+                before = found if isinstance(found, types.ModuleType) and not _foreign(found.__name__) else name
 
 
 def _foreign(module: str | None) -> bool:

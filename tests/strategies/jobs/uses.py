@@ -32,6 +32,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.autograd import grad
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -816,6 +817,77 @@ class OwnOptimizer(Plain):
         return self.Lion(self.parameters(), lr=0.01)
 
 
+@use("the norm of all parameters, and a forward pass, in a hook")
+class Watched(Plain):
+    def on_fit_start(self):
+        self.seen = []
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen += [float(sum(p.square().sum() for p in self.parameters()).sqrt()), float(self(batch[0][:1] * 0))]
+
+
+@use("p.norm().item() in a hook")
+class Numbers(Watched):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.append(sum(p.norm().item() for p in self.parameters()))
+
+
+@use("Lightning's grad_norm in on_before_optimizer_step")
+class GradNorm(Watched):
+    def on_before_optimizer_step(self, optimizer):
+        from lightning.pytorch.utilities import grad_norm
+
+        self.seen.append(float(grad_norm(self, norm_type=2)["grad_2.0_norm_total"]))
+
+
+@use("AveragedModel")
+class Average(Frozen):
+    def __init__(self):
+        super().__init__()
+        self.body.requires_grad_(True)
+        self.average = AveragedModel(self.body, multi_avg_fn=get_ema_multi_avg_fn(0.5)).requires_grad_(False)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.average.update_parameters(self.body)
+
+
+@use("layers made and initialised in setup")
+class MadeInSetup(Plain):
+    def setup(self, stage):
+        torch.manual_seed(3)
+        self.head = nn.Linear(4, 1)
+        for p in self.body.parameters():
+            nn.init.normal_(p, std=0.3)
+
+
+@use("a loss over all ranks, all_gather(sync_grads=True)")
+class Contrast(Plain):
+    def loss(self, batch):
+        out = self(batch[0])
+        return nn.functional.mse_loss(out - self.all_gather(out, sync_grads=True).mean(), batch[1])
+
+
+@use("a parameter that is a scalar")
+class Scalar(Plain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@use("a part in float64")
+class DoublePart(Plain):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6).double()
+
+    def forward(self, x):
+        return super().forward(self.first(x.double()).float())
+
+
 @use("StochasticWeightAveraging", callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1)])
 class Averaged(Plain): ...
 
@@ -848,9 +920,10 @@ def made(strategy, settings, **more):
 
 def weights(trainer, module):
     """Whole, by name; buffers too, of which each rank has its own, and DDP those of rank 0."""
+    seen = {"seen": torch.tensor(module.seen)} if hasattr(module, "seen") else {}
     if not hasattr(trainer.strategy, "named_full_tensors"):
-        return {name: value.detach().clone() for name, value in module.state_dict().items()}
-    found = {name: value.detach().clone() for name, value in trainer.strategy.named_full_tensors(module)}
+        return seen | {name: value.detach().clone() for name, value in module.state_dict().items()}
+    found = seen | {name: value.detach().clone() for name, value in trainer.strategy.named_full_tensors(module)}
     return found | {name: value.clone() for name, value in module.named_buffers() if RANK == 0}
 
 
