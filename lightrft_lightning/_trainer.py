@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -87,7 +88,9 @@ def with_lr_schedule(
     name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
     get_scheduler = import_extra("transformers", "hf").get_scheduler
     warmup = round(int(steps) * settings.warmup_ratio)
-    options = {"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else None
+    options = None
+    if name == "cosine_with_min_lr":  # LightRFT's, to the step
+        warmup, options = math.ceil(int(steps) * settings.warmup_ratio), {"min_lr_rate": 0.1}
     scheduler = get_scheduler(
         name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps), scheduler_specific_kwargs=options
     )

@@ -758,6 +758,11 @@ class RLHFModule(Update):
                 raise ValueError(f"remote_rm_url={config.remote_rm_url!r} and rewards={rewards!r}: give one of them")
             rewards = {"name": "remote", "url": [url.strip() for url in config.remote_rm_url.split(",")]}
         config.tell_unread()
+        if config.pretrain_data is not None:
+            raise ValueError(
+                f"pretrain_data={config.pretrain_data!r}: no texts are mixed into the steps; SupervisedWarmup trains "
+                "on them before. Leave it out"
+            )
         if config.advantage_estimator != "gae" and not config.is_of_a_script:  # whose parsers fill these in
             for name in ("critic_pretrain", "critic_learning_rate"):
                 if getattr(config, name) != type(config).__dataclass_fields__[name].default:

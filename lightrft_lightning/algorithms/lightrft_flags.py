@@ -77,7 +77,7 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "chunk_size": ((4096,), "nothing: log-probabilities are computed a chunk of tokens at a time"),
     "packing_samples": ((False,), "nothing: groups share their prompt and rows fill RLHFModule(token_budget=...)"),
     "value_head_prefix": (("score",), "Critic(model=<folder>), whose head has the name that its class gives it"),
-    "text_only": ((False, True), _NOTHING),
+    "text_only": ((False, True), _IMAGES),
     "normalize_advantages": ((True,), _NOTHING),
     "use_sequence_rewards": ((True,), _NOTHING),
     # the run
@@ -103,6 +103,13 @@ ELSEWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "print_replay_buffer_stats": ((False,), "the metrics that are logged"),
 }
 """Flags of what is not the module: what needs no word, as the parsers fill it in, and where they go."""
+READ = (
+    "eps_clip", "gamma", "lambd", "value_clip", "freezing_actor_steps", "init_kl_coef", "kl_target", "use_gspo",
+    "use_cpg_loss", "loss_agg_mode", "high_entropy_token_ratio", "use_fire", "first_token_temperature", "temperature",
+    "top_p", "generate_max_len", "lora_rank", "lora_alpha", "target_modules", "lora_dropout", "load_in_4bit",
+    "gradient_checkpointing", "max_epochs",
+)  # fmt: skip
+"""Flags that `module_settings`, `sampling_settings` and `critic_settings` take."""
 WITH_WANDB = ("wandb_group", "wandb_org", "wandb_project", "wandb_run_name")
 """Flags that mean something with ``use_wandb`` only."""
 
@@ -138,6 +145,9 @@ def module_settings(
 def _tell_of_others(flags: Mapping[str, Any]) -> None:
     """One message, as a script's parser fills in dozens."""
     said = {name: flags[name] for name, (silent, _) in ELSEWHERE.items() if flags.get(name) not in (*silent, None)}
+    unknown = sorted(flags.keys() - ELSEWHERE.keys() - REFUSED.keys() - {*READ, *WITH_WANDB})
+    if unknown:
+        log.warning("flags that nothing here reads: %s", ", ".join(unknown))
     if said:
         lines = [f"  {name}={value!r}: {ELSEWHERE[name][1].format(value)}" for name, value in said.items()]
         log.warning("flags that RLHFModule does not take, and what does:\n%s", "\n".join(lines))
