@@ -860,6 +860,7 @@ def run(strategies, measure, folder):
     """Of each what came of it, by strategy."""
     results = {}
     for number, (name, cls) in enumerate(TRIED.items()):
+        gc.freeze()  # what is over is not looked through again
         if cls.package and not importlib.util.find_spec(cls.package):
             results[name] = dict.fromkeys(strategies, f"skipped: {cls.package} is not installed")
             continue

@@ -26,6 +26,7 @@ def run(checks: dict[str, Callable[[], None]]) -> None:
     results = {}
     for name, check in checks.items():
         if name.startswith("check_"):
+            gc.freeze()  # what is over is not looked through again
             try:
                 check()
                 results[name] = "ok"

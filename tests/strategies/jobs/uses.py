@@ -23,11 +23,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
-    EMAWeightAveraging,
-    GradientAccumulationScheduler,
     ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
 )
 from torch import nn
 from torch.autograd import grad
@@ -130,10 +126,6 @@ USES["manual optimization"] = Manual
 
 @use("accumulate_grad_batches that does not divide the epoch", accumulate_grad_batches=3)
 class Accumulated(Plain): ...
-
-
-@use("GradientAccumulationScheduler", callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 2})])
-class Rescheduled(Plain): ...
 
 
 @use("gradient_clip_val", gradient_clip_val=0.1)
@@ -820,17 +812,17 @@ class OwnOptimizer(Plain):
 @use("the norm of all parameters, and a forward pass, in a hook")
 class Watched(Plain):
     def on_fit_start(self):
-        self.seen = []
+        self.read = []
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.seen += [float(sum(p.square().sum() for p in self.parameters()).sqrt()), float(self(batch[0][:1] * 0))]
+        self.read += [float(sum(p.square().sum() for p in self.parameters()).sqrt()), float(self(batch[0][:1] * 0))]
 
 
 @use("p.norm().item() in a hook")
 class Numbers(Watched):
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.seen.append(sum(p.norm().item() for p in self.parameters()))
+        self.read.append(sum(p.norm().item() for p in self.parameters()))
 
 
 @use("Lightning's grad_norm in on_before_optimizer_step")
@@ -838,7 +830,7 @@ class GradNorm(Watched):
     def on_before_optimizer_step(self, optimizer):
         from lightning.pytorch.utilities import grad_norm
 
-        self.seen.append(float(grad_norm(self, norm_type=2)["grad_2.0_norm_total"]))
+        self.read.append(float(grad_norm(self, norm_type=2)["grad_2.0_norm_total"]))
 
 
 @use("AveragedModel")
@@ -888,18 +880,6 @@ class DoublePart(Plain):
         return super().forward(self.first(x.double()).float())
 
 
-@use("StochasticWeightAveraging", callbacks=lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1)])
-class Averaged(Plain): ...
-
-
-@use("EMAWeightAveraging", callbacks=lambda: [EMAWeightAveraging(decay=0.9)])
-class MovingAverage(Plain): ...
-
-
-@use("ModelPruning", callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.5)])
-class Pruned(Plain): ...
-
-
 # -------------------------------------------------------------------- how they are run
 
 
@@ -920,10 +900,10 @@ def made(strategy, settings, **more):
 
 def weights(trainer, module):
     """Whole, by name; buffers too, of which each rank has its own, and DDP those of rank 0."""
-    seen = {"seen": torch.tensor(module.seen)} if hasattr(module, "seen") else {}
+    read = {"read": torch.tensor(module.read)} if hasattr(module, "read") else {}
     if not hasattr(trainer.strategy, "named_full_tensors"):
-        return seen | {name: value.detach().clone() for name, value in module.state_dict().items()}
-    found = seen | {name: value.detach().clone() for name, value in trainer.strategy.named_full_tensors(module)}
+        return read | {name: value.detach().clone() for name, value in module.state_dict().items()}
+    found = read | {name: value.detach().clone() for name, value in trainer.strategy.named_full_tensors(module)}
     return found | {name: value.clone() for name, value in module.named_buffers() if RANK == 0}
 
 
