@@ -8,6 +8,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from traceback import walk_tb
 from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary, WeakSet
@@ -198,11 +199,12 @@ def explained(strategy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def step_explained(optimizer: Any, strategy: str) -> Iterator[None]:
-    """Inside, an error about what cannot be computed with parts of weights names the optimizer."""
+    """Inside, an error about what cannot be computed with parts of weights names the optimizer, if it is its own."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as err:
-        if "placement" not in str(err) and "sharding strategy" not in str(err):
+    except (RuntimeError, NotImplementedError, MisconfigurationException) as err:
+        in_closure = any(f.f_code.co_name == "_wrap_closure" for f, _ in walk_tb(err.__traceback__))
+        if in_closure or not any(words in str(err) for words in ("placement", "sharding strategy", "made a number")):
             raise
         raise MisconfigurationException(
             f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__} computes what {strategy} cannot with weights "

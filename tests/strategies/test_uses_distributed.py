@@ -45,4 +45,4 @@ def test_a_plain_module_trains_as_under_lightnings_own_strategies_or_is_refused(
         for strategy, cell in zip(COLUMNS, cells, strict=True):
             assert re.match(WORDS[cell], of_rank[name][strategy]), (strategy, of_rank[name][strategy])
             if cell != "=":
-                assert any(part in of_rank[name][strategy] for part in words.split("; "))
+                assert any(part in of_rank[name][strategy] for part in words.split("; ")), of_rank[name][strategy]

@@ -939,7 +939,8 @@ def outcome(cls, strategy, expected):
         where = traceback.walk_tb(err.__traceback__)
         package = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in where][-1]
         told_by_us = package in ("lightrft_lightning", "lightning")  # and not from deep inside
-        return f"{'refused' if told_by_us else type(err).__name__}: {err}".splitlines()[0]
+        # All lines: what another rank has ended with is quoted in a later one.
+        return f"{'refused' if told_by_us else type(err).__name__}: {' '.join(str(err).split())}"
     finally:
         logging.getLogger("lightrft_lightning").removeHandler(told)
     off = {name: float((value.double() - expected[name].double()).abs().max()) for name, value in found.items()}
