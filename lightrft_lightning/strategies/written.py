@@ -16,7 +16,8 @@ class Written:
     """Lets DeepSpeed's fp32 weights, and the parts of stage 3, have what was written into the parameters.
 
     DeepSpeed would write its own over it. At stage 3 a parameter that is in parts is empty between the steps, so it can
-    be written into inside of ``GatheredParameters`` only; a small one is whole, and can be written into anywhere.
+    be written into inside of ``GatheredParameters`` only; a small one is whole, and can be written into, but from an
+    evaluation, after which DeepSpeed frees it, to the next pass.
 
     Args:
         zero: the model. Of one that is not trained only stage 3 has something to lose.
