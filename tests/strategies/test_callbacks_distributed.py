@@ -22,7 +22,7 @@ WORDS = {"=": "equal", "–": "refused: "}
 def results(run_ranks, tmp_path_factory):
     """By rank, name and strategy."""
     several, one = (tmp_path_factory.mktemp(name) for name in ("several", "one"))
-    run_ranks(JOB, several, world_size=2, timeout=280)
+    run_ranks(JOB, several, world_size=2, timeout=500)
     run_ranks(JOB, one, world_size=1, timeout=120)
     alone = json.loads((one / "0.json").read_text())
     of_ranks = [json.loads((several / f"{rank}.json").read_text()) for rank in range(2)]

@@ -21,7 +21,7 @@ WORDS = {"=": r"equal$", "–": r"refused: ", "≠": r"differs: "}
 def results(run_ranks, tmp_path_factory, uses):
     """By rank, use and strategy."""
     folder = tmp_path_factory.mktemp("uses")
-    run_ranks(JOB, folder, world_size=2, timeout=280)
+    run_ranks(JOB, folder, world_size=2, timeout=500)
     of_ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     alone = uses.run(["lightrft_fake"], "auto")
     return [{name: {**found, **alone[name]} for name, found in of_rank.items()} for of_rank in of_ranks]
