@@ -17,6 +17,8 @@ ROWS = re.findall(r"^\| (.+?) \| (.) \| (.) \| (.) \| (.) \| (.) \| (.*?) ?\|$",
 NOT_TRIED = {"Profiler", "XLAProfiler", "CometLogger", "LitLogger"}
 WORDS = {"=": "equal", "–": "refused: "}
 
+pytestmark = pytest.mark.timeout(600)  # the job of all rows is the setup of the first
+
 
 @pytest.fixture(scope="module")
 def results(run_ranks, tmp_path_factory):

@@ -16,6 +16,8 @@ USES = PAGE.read_text().partition("## Callbacks")[0]
 ROWS = re.findall(r"^\| (.+?) \| (.) \| (.) \| (.) \| (.) \| (.) \| (.*?) ?\|$", USES, re.M)
 WORDS = {"=": r"equal$", "–": r"refused: ", "≠": r"differs: "}
 
+pytestmark = pytest.mark.timeout(600)  # the job of all rows is the setup of the first
+
 
 @pytest.fixture(scope="module")
 def results(run_ranks, tmp_path_factory, uses):
