@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightrft_lightning._errors import import_extra
 from lightrft_lightning.strategies.base import StrategyBase
+from lightrft_lightning.strategies.lightrft_calls import cosine_to_a_tenth
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +88,10 @@ def with_lr_schedule(
     name = "constant_with_warmup" if settings.lr_schedule == "constant" else settings.lr_schedule
     get_scheduler = import_extra("transformers", "hf").get_scheduler
     warmup = round(int(steps) * settings.warmup_ratio)
-    options = None
-    if name == "cosine_with_min_lr":  # LightRFT's, to the step
-        warmup, options = math.ceil(int(steps) * settings.warmup_ratio), {"min_lr_rate": 0.1}
-    scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps), scheduler_specific_kwargs=options
-    )
+    if name == "cosine_with_min_lr":
+        scheduler = cosine_to_a_tenth(optimizer, int(steps), settings.warmup_ratio)
+    else:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=int(steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -793,12 +793,13 @@ class RLHFModule(Update):
         }
         if config.advantage_estimator == "gae":
             learnt = lightrft_flags.critic_settings(flags)
-            shared = {name: values[name] for name in ("lr_schedule", "warmup_ratio", "weight_decay")}
             values["critic"] = Critic(
                 model=config.critic_pretrain,
                 lr=config.critic_learning_rate,
-                **shared,
-                **learnt,  # type: ignore[arg-type]
+                weight_decay=config.l2,
+                lr_schedule="cosine_with_min_lr",
+                warmup_ratio=config.lr_warmup_ratio,
+                **learnt,
             )
         return cls(model, rewards, **{**values, **settings})
 

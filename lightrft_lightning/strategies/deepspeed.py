@@ -205,7 +205,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         stage = self.config.zero_stage
         if not self.training_engines or (stage == 1 and self.world_size == 1):
             return
-        if hook := gradient_hook(module, module.trainer.callbacks):  # type: ignore[attr-defined]
+        if hook := gradient_hook(module):
             does = "averages over the ranks later" if stage == 1 else "takes apart, so that parameters have none"
             raise MisconfigurationException(
                 f"{hook} looks at gradients, which ZeRO-{stage} {does}: leave it out, or take lightrft_fsdp or "
@@ -309,7 +309,7 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         zero = self._zero.get(model)
         if zero is not None and zero.optimizer is known.optimizer:
             return model
-        if self.world_size > 1 and self.lightning_module is None:
+        if self.world_size > 1 and not self._is_inside(model):  # of what is, `setup` has seen to it
             take_those_of_rank_0([model], self.gather_objects, self.root_device)
         dtype = self._weights_dtype
         if known.optimizer is None and self.config.zero_stage < 3:
@@ -326,6 +326,10 @@ class DeepspeedStrategy(ZeroCheckpoints, _LightningDeepSpeed):  # type: ignore[m
         if dtype != torch.float32:
             _cast_inputs(model, dtype)
         return model
+
+    def _is_inside(self, model: nn.Module) -> bool:
+        """Whether it is a part of the Trainer's module, and not one beside it, such as a reward model."""
+        return self.lightning_module is not None and any(part is model for part in self.lightning_module.modules())
 
     @property
     def _weights_dtype(self) -> torch.dtype:

@@ -191,14 +191,14 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         check_embeddings(module, self.strategy_name)
         check_hooks_of_parameters(module, self.strategy_name)
         check_scalars(module, self.strategy_name)
-        check_grad_norm(module, trainer.callbacks, self.strategy_name)  # type: ignore[attr-defined]
+        check_grad_norm(module, self.strategy_name)
         draw_graphs(trainer, module, sharded=any(isinstance(m, FSDPModule) for m in module.modules()))
         for family in families(part for _, part in trainable_parts(module)):
             self._shard(family, trained=any(p.requires_grad for part in family for p in part.parameters()))
+        if self.world_size > 1:  # what is in none of these: own parameters and buffers, parts without parameters
+            take_those_of_rank_0([module], self.gather_objects, self.root_device)
         self._shard_own_parameters(module)
         reshard(module)
-        if self.world_size > 1:  # the module's own buffers, and those of parts without parameters
-            take_those_of_rank_0([module], self.gather_objects, self.root_device)
         self._rest_to_device(module)
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -208,9 +208,14 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         self.setup_precision_plugin()
 
     @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def on_train_start(self) -> None:  # after the hooks of module and callbacks
+        super().on_train_start()
         assert self.lightning_module is not None
         check_hooks_of_parameters(self.lightning_module, self.strategy_name)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
         meet_thawed(self.lightning_module)
         with explained(self.strategy_name), no_second_derivatives(self.strategy_name):
             return super().training_step(*args, **kwargs)
@@ -288,8 +293,6 @@ class FSDPV2Strategy(DistributedStrategy, ModelParallelStrategy):
         if isinstance(module, FSDPModule) or all(isinstance(p, DTensor) for p in module.parameters()):
             return
         replaced = Replaced([module])
-        if self.world_size > 1:
-            take_those_of_rank_0([module], self.gather_objects, self.root_device)
         fully_shard(
             module, mesh=self._sharding_mesh, reshard_after_forward=False, offload_policy=self._offload_policy()
         )

@@ -39,6 +39,14 @@ def is_engine(model: Any) -> bool:
     return hasattr(model, "wake_up") or hasattr(model, "resume_memory_occupation")
 
 
+def cosine_to_a_tenth(optimizer: Optimizer, steps: int, warmup_ratio: float) -> Any:
+    """LightRFT's learning-rate schedule: a linear warm-up, then a cosine down to a tenth over the rest of `steps`."""
+    return import_extra("transformers", "hf").get_scheduler(
+        "cosine_with_min_lr", optimizer, num_warmup_steps=math.ceil(steps * warmup_ratio), num_training_steps=steps,
+        scheduler_specific_kwargs={"min_lr_rate": 0.1},
+    )  # fmt: skip
+
+
 class LightRFTCalls:
     """A base class of `StrategyBase`, whose methods it calls and nothing else."""
 
@@ -146,11 +154,7 @@ class LightRFTCalls:
         if model is None:
             return None, None, None
         optimizer: Optimizer = self.create_optimizer(model, lr=lr)  # type: ignore[attr-defined]
-        warm_up = math.ceil(max_steps * self.config.lr_warmup_ratio)
-        scheduler = import_extra("transformers", "hf").get_scheduler(
-            "cosine_with_min_lr", optimizer, num_warmup_steps=warm_up, num_training_steps=max_steps,
-            scheduler_specific_kwargs={"min_lr_rate": 0.1},
-        )  # fmt: skip
+        scheduler = cosine_to_a_tenth(optimizer, max_steps, self.config.lr_warmup_ratio)
         return model, optimizer, scheduler
 
     def load_model(

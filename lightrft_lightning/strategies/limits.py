@@ -7,7 +7,7 @@ import dis
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from traceback import walk_tb
 from typing import Any
 from unittest import mock
@@ -166,9 +166,8 @@ def check_compiled(module: nn.Module, problem: str | None) -> None:
 @contextlib.contextmanager
 def no_second_derivatives(strategy: str) -> Iterator[None]:
     """Inside, a graph of gradients is refused: its backward pass would find weights that were freed after the first."""
-    run = (
-        torch.autograd._engine_run_backward
-    )  # what grad() and backward() both call, by whatever name they were imported
+    # What grad() and backward() both call, by whatever name they were imported.
+    run = torch.autograd._engine_run_backward
 
     def first_only(outputs: Any, *args: Any, **named: Any) -> Any:
         if any(args[2:3]):
@@ -224,15 +223,14 @@ def _last_user(traceback: types.TracebackType | None) -> str:
     return found
 
 
-def check_grad_norm(module: pl.LightningModule, callbacks: Iterable[Any], strategy: str) -> None:
+def check_grad_norm(module: pl.LightningModule, strategy: str) -> None:
     """Refuse hooks that call Lightning's `grad_norm`, which cannot read gradients in parts."""
-    for owner in (module, *callbacks):
-        for name in GRADIENT_HOOKS:
-            if "lightning.grad_norm" in _names(getattr(type(owner), name, None), (type(owner), type(module)), set()):
-                raise MisconfigurationException(
-                    f"{type(owner).__name__}.{name} calls lightning's grad_norm, which does not take gradients in "
-                    f"parts as {strategy} has them: torch.nn.utils.get_total_norm([p.grad ...]).full_tensor() does"
-                )
+    for hook, names in _gradient_hooks(module):
+        if "lightning.grad_norm" in names:
+            raise MisconfigurationException(
+                f"{hook} calls lightning's grad_norm, which does not take gradients in parts as {strategy} has them: "
+                "torch.nn.utils.get_total_norm([p.grad ...]).full_tensor() does"
+            )
 
 
 def refuse_local_numbers() -> None:
@@ -254,21 +252,28 @@ def refuse_local_numbers() -> None:
     handlers[item] = number
 
 
-def gradient_hook(module: pl.LightningModule, callbacks: Iterable[Any]) -> str | None:
-    """The first method of a module or a callback that looks at gradients of parameters, as far as names in code tell.
+def gradient_hook(module: pl.LightningModule) -> str | None:
+    """The first method of a module or its callbacks that looks at gradients of parameters, as far as names tell.
 
     The functions and methods that it calls are read as well.
     """
-    for owner in (module, *callbacks):
-        for name in GRADIENT_HOOKS:
-            if any(map(_means_gradients, _names(getattr(type(owner), name, None), (type(owner), type(module)), set()))):
-                return f"{type(owner).__name__}.{name}"
+    for hook, names in _gradient_hooks(module):
+        if any(map(_means_gradients, names)):
+            return hook
     step = None if module.automatic_optimization else type(module).training_step
     names = set(_names(step, (type(module),), set()))
     of_parameters = "grad" in names and not names.isdisjoint(("parameters", "named_parameters", "param_groups"))
     if of_parameters or any(map(_means_gradients, names - {"grad"})):
         return f"{type(module).__name__}.training_step"
     return None
+
+
+def _gradient_hooks(module: pl.LightningModule) -> Iterator[tuple[str, set[str]]]:
+    """Of a module and its callbacks the `GRADIENT_HOOKS`, and the names in their code."""
+    for owner in (module, *module.trainer.callbacks):  # type: ignore[attr-defined]
+        for name in GRADIENT_HOOKS:
+            hook = getattr(type(owner), name, None)
+            yield f"{type(owner).__name__}.{name}", set(_names(hook, (type(owner), type(module)), set()))
 
 
 def _means_gradients(name: str) -> bool:

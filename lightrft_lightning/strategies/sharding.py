@@ -234,8 +234,8 @@ def meet_thawed(model: nn.Module) -> None:
     """Let FSDP2 know the dtypes of gradients of what was frozen at the first pass, when it has looked for them."""
     for unit in units(model):
         for group in unit._get_fsdp_state()._fsdp_param_groups:
-            trained = any(p.sharded_param.requires_grad for p in group.fsdp_params)
-            if trained and getattr(group, "_orig_dtype", trained) is None:
+            was_frozen = getattr(group, "_orig_dtype", False) is None
+            if was_frozen and any(p.sharded_param.requires_grad for p in group.fsdp_params):
                 group._init_mp_dtypes()
 
 

@@ -17,9 +17,7 @@ import logging
 import math
 import os
 import re
-import sys
 import traceback
-import warnings
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ from lightning.pytorch import callbacks, loggers, profilers
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from uses import RANK, STRATEGIES, Plain, loader, made, one_process, place, weights
+from uses import RANK, STRATEGIES, Plain, begun, loader, made, one_process, place, weights
 
 LISTS = (callbacks.__all__, loggers.__all__)
 TRIED: dict[str, type[Tried]] = {}
@@ -879,12 +877,6 @@ def run(strategies, measure, folder):
 
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "200"
-    os.environ["TORCHELASTIC_RUN_ID"] = "test"  # how Lightning recognises torchrun
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder, *wanted = sys.argv[1:]
-    if wanted:
-        TRIED = {name: cls for name, cls in TRIED.items() if any(w in name for w in wanted)}
-    gc.freeze()  # see tests/helpers/preloaded.py
+    folder, TRIED = begun(TRIED)
     ours, measure = (STRATEGIES, "ddp") if place()[0] > 1 else (("lightrft_fake",), "auto")
     Path(folder, f"{RANK}.json").write_text(json.dumps(run(ours, measure, folder), indent=1))
